@@ -1,0 +1,43 @@
+"""snugtune: fine-tune a language model in the memory you have.
+
+    import snugtune
+    run = snugtune.train({"model": "demo", "data": "data.jsonl", "output": "runs/first"})
+    print(snugtune.load(run.folder).reply("Hello!"))
+
+Importing this package is light: torch and transformers are loaded by the functions that need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snugtune.config import RunConfig
+    from snugtune.run import RunResult, Tuned
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "train"]
+
+
+def train(config: RunConfig | Mapping[str, Any] | str | Path) -> RunResult:
+    """Train 1..N jobs as `config` says (a `RunConfig`, a mapping of its fields, or the path of a YAML file).
+
+    Goes on from the last checkpoint when `output` holds an interrupted run of the same config; returns at once when
+    that run is finished. Raises `snugtune.errors.SnugtuneError` for anything the caller can mend.
+    """
+    from snugtune.config import read_config, to_config
+    from snugtune.run import train as run_train
+
+    return run_train(read_config(config) if isinstance(config, (str, Path)) else to_config(config))
+
+
+def load(run: str | Path, adapter: str | None = None) -> Tuned:
+    """Load what a run trained, ready to answer: a run folder, or a PEFT adapter folder.
+
+    `adapter` picks a job of a run that trained several. Raises `snugtune.errors.InputError` for anything else.
+    """
+    from snugtune.run import load as run_load
+
+    return run_load(Path(run), adapter)

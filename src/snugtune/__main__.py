@@ -1,0 +1,5 @@
+"""`python -m snugtune` is the `snugtune` command."""
+
+from snugtune.cli import main
+
+main()

@@ -1,0 +1,275 @@
+"""The run's config: aggregates the components' own configs, reads YAML, applies overrides, explains mistakes."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from snugtune.data.sources import SourceConfig
+from snugtune.errors import InputError
+from snugtune.methods import METHODS, MethodConfig
+from snugtune.methods.lora import LoraConfig
+from snugtune.objectives import ObjectiveConfig
+from snugtune.objectives.sft import SftConfig
+from snugtune.optim import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
+from snugtune.schema import Config
+
+DEFAULT_JOB = "default"
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, a mapping, or a list of either: always a list of mappings."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+def _typed(default: str) -> Any:
+    """Let a union's `type` be left out where a default exists, and be the whole value (`schedule: cosine`)."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": value}
+        return {"type": default, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(fill)
+
+
+class JobFields(Config):
+    """What one job trains on and how. At the top level of a run's config these are the defaults of every job."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "lr": "optimizer.lr",
+        "learning_rate": "optimizer.lr",
+        "weight_decay": "optimizer.weight_decay",
+        "warmup": "schedule.warmup",
+        "warmup_ratio": "schedule.warmup",
+        "lora_r": "method.r",
+        "lora_alpha": "method.lora_alpha",
+        "target_modules": "method.target_modules",
+        "dtype": "plan.weights",
+        "micro_batch": "plan.micro_batch",
+        "gradient_checkpointing": "plan.recompute",
+        "num_train_epochs": "epochs",
+        "max_steps": "steps",
+        "output_dir": "output",
+        "dataset": "data",
+    }
+
+    data: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(
+        (), description="training data: a path, {path, format}, or a list of these"
+    )
+    max_seq_len: int = Field(1024, ge=2, description="longest training sequence, in tokens; longer examples are cut")
+    method: Annotated[MethodConfig, _typed("lora")] = Field(LoraConfig(), description="how the base is tuned")
+    objective: Annotated[ObjectiveConfig, _typed("sft")] = Field(SftConfig(), description="what is minimised")
+    batch_size: int = Field(16, ge=1, description="examples per optimizer step, whatever the micro-batch")
+    epochs: float | None = Field(None, gt=0, description="passes over the data (default 1, unless steps is given)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    validation: float | str | None = Field(None, description="fraction of the data to hold out, or the path of a file")
+    eval_every: int | None = Field(None, ge=1, description="optimizer steps between evaluations (default: only at start and end)")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the job's gradient to this norm; null: never")
+    seed: int = Field(0, ge=0, description="seeds the order, the split, the initial adapter and dropout")
+    optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(AdamWConfig(), description="the optimizer")
+    schedule: Annotated[ScheduleConfig, _typed("constant")] = Field(ConstantConfig(), description="the learning rate over time")
+
+    @field_validator("validation")
+    @classmethod
+    def _fraction(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a fraction must lie between 0 and 1 (or give the path of a file)")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "JobFields":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class JobConfig(JobFields):
+    """One job, complete."""
+
+    name: str = Field(DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, '.', '_', '-'")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> "JobConfig":
+        if not self.data:
+            raise ValueError("data: nothing to train on; give the path of a .json or .jsonl file")
+        return self
+
+
+class PlanConfig(Config):
+    """Pins for the planner's knobs. `auto` leaves the choice to it."""
+
+    weights: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="number format of the base")
+    micro_batch: int | Literal["auto"] = Field("auto", description="a forward holds at most micro_batch x max_seq_len tokens of a job")
+    recompute: Literal["auto", "none", "blocks"] = Field("auto", description="blocks: recompute each block's activations in backward")
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+class RunConfig(JobFields):
+    """One run: a base, its jobs, and where the results go."""
+
+    model: str = Field(min_length=1, description="hub id, local folder, .gguf file, or 'demo'")
+    output: str = Field(min_length=1, description="folder of the run's results")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints (default: a tenth of the run)")
+    keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints to keep")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; only for sources you trust")
+    plan: PlanConfig = Field(PlanConfig(), description="pins for the planner's knobs")
+    jobs: tuple[dict[str, Any], ...] = Field((), description="jobs sharing the base; each overrides the fields above")
+
+    @model_validator(mode="after")
+    def _jobs_are_sound(self) -> "RunConfig":
+        jobs = self.resolved_jobs()
+        names = [job.name for job in jobs]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ValueError(f"jobs: the name '{repeated[0]}' is given twice")
+        for job in jobs:
+            if len(jobs) > 1 and not METHODS[type(job.method)].routable:
+                raise ValueError(f"jobs: '{job.name}' uses method '{job.method.type}', which cannot share a base; give it its own run")
+        return self
+
+    def resolved_jobs(self) -> tuple[JobConfig, ...]:
+        """The jobs of this run, complete: the top-level fields overlaid with each entry of `jobs`."""
+        shared = {name: getattr(self, name) for name in JobFields.model_fields}
+        if not self.jobs:
+            return (JobConfig(**shared),)
+        plain = {k: v for k, v in self.model_dump(mode="json").items() if k in JobFields.model_fields}
+        resolved = []
+        for index, own in enumerate(self.jobs):
+            try:
+                resolved.append(JobConfig.model_validate(_overlay(plain, own)))
+            except ValidationError as error:
+                raise ValueError(f"jobs.{index}: {_first_message(error)}") from error
+        return tuple(resolved)
+
+    def to_yaml(self) -> str:
+        """The resolved config, as it is stored with the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `shared`. A nested config is merged field by field unless its `type` changes; epochs replace steps."""
+    merged = dict(shared)
+    for key, value in own.items():
+        old = merged.get(key)
+        same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
+        merged[key] = {**old, **value} if same_kind and isinstance(old, dict) else value
+    for given, other in (("epochs", "steps"), ("steps", "epochs")):
+        if own.get(given) is not None and other not in own:
+            merged[other] = None
+    return merged
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `a.b=value` overrides. Raises `InputError` naming file, field and fix."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no config file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected fields like 'model: ...', found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return to_config(raw, str(path))
+
+
+def to_config(raw: RunConfig | Mapping[str, Any], origin: str = "config") -> RunConfig:
+    """Validate a mapping. Raises `InputError` that lists every bad field."""
+    if isinstance(raw, RunConfig):
+        return raw
+    try:
+        return RunConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise InputError(f"{origin}: {_all_messages(error)}") from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` (the value in YAML) in a nested mapping; list items go by their index."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise InputError(f"--set {override}: expected field=value, for example --set optimizer.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML") from error
+    if isinstance(value, str) and _is_number(value):
+        value = float(value)  # YAML 1.1 reads 1e-4 as text
+    *parents, leaf = path.strip().split(".")
+    place: Any = raw
+    for key in parents:
+        place = _child(place, key, override)
+    if isinstance(place, list):
+        place[_index(place, leaf, override)] = value
+    elif isinstance(place, dict):
+        place[leaf] = value
+    else:
+        raise InputError(f"--set {override}: '{'.'.join(parents)}' is not a group of fields")
+
+
+def _child(place: Any, key: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, key, override)]
+    if not isinstance(place, dict):
+        raise InputError(f"--set {override}: '{key}' is not inside a group of fields")
+    inner = place.get(key)
+    if inner is None:
+        inner = place[key] = {}
+    elif isinstance(inner, str):
+        inner = place[key] = {"type": inner}  # `schedule: cosine`, then --set schedule.warmup=0.1
+    return inner
+
+
+def _index(place: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise InputError(f"--set {override}: '{key}' is not one of the list's {len(place)} positions (from 0)")
+    return int(key)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _all_messages(error: ValidationError) -> str:
+    return "; ".join(_message(e) for e in error.errors())
+
+
+def _first_message(error: ValidationError) -> str:
+    return _message(error.errors()[0])
+
+
+def _message(error: Any) -> str:
+    """One validation error in a person's words: where, what, and what was given."""
+    tags = {"lora", "full", "constant", "linear", "cosine", "float", "str", "int"} | {"literal['auto']"}
+    where = ".".join(str(p) for p in error["loc"] if str(p) not in tags and not str(p).startswith("literal["))
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "union_tag_invalid":
+        wanted = str(error["ctx"]["expected_tags"])
+        near = difflib.get_close_matches(str(error["ctx"]["tag"]), wanted.replace("'", "").split(", "), n=1)
+        text = f"unknown type '{error['ctx']['tag']}'; {f'did you mean {near[0]!r}? ' if near else ''}valid types: {wanted}"
+    elif error["type"] == "missing":
+        text = "required, but not given"
+    elif error["type"] not in ("value_error", "unknown_field") and not isinstance(error["input"], (dict, list)):
+        text = f"{text[0].lower()}{text[1:]} (got {error['input']!r})"
+    return f"{where}: {text}" if where else text

@@ -1,0 +1,1 @@
+"""From files to chunks: read records, render them with the model's chat template, pack them into rows."""

@@ -1,0 +1,52 @@
+"""Which examples a step holds: a deterministic order without any state to save.
+
+The training stream of a job is its epochs one after the other, each a fresh permutation that is a pure function of
+(seed, epoch). Step k takes examples k * batch_size ... of that stream, so every step has exactly `batch_size` examples,
+also across an epoch's border. With `epochs` set, the very last step takes what is left; its loss is divided by its own
+label count, like any other's.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from snugtune.data.pack import derive_seed
+
+T = TypeVar("T")
+
+
+def total_steps(examples: int, batch_size: int, epochs: float | None, steps: int | None) -> int:
+    """Optimizer steps of a job: `steps` if given, else what `epochs` passes over the examples take."""
+    if steps is not None:
+        return steps
+    return max(1, math.ceil(_stream_length(examples, epochs or 1) / batch_size))
+
+
+def step_indices(step: int, examples: int, batch_size: int, epochs: float | None, steps: int | None, seed: int) -> list[int]:
+    """Indices of the examples of step `step` (from 0)."""
+    end = (step + 1) * batch_size
+    if steps is None:
+        end = min(end, max(1, _stream_length(examples, epochs or 1)))
+    positions = range(step * batch_size, end)
+    orders = {epoch: epoch_order(examples, epoch, seed) for epoch in {p // examples for p in positions}}
+    return [orders[p // examples][p % examples] for p in positions]
+
+
+def epoch_order(examples: int, epoch: int, seed: int) -> list[int]:
+    """The permutation of epoch `epoch`."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 1))
+    return torch.randperm(examples, generator=generator).tolist()
+
+
+def split(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """(training, validation): a random but fixed `fraction` held out, at least one item on either side."""
+    held = min(len(items) - 1, max(1, round(fraction * len(items))))
+    generator = torch.Generator().manual_seed(derive_seed(seed, 0, 2))
+    chosen = set(torch.randperm(len(items), generator=generator)[:held].tolist())
+    return [x for i, x in enumerate(items) if i not in chosen], [x for i, x in enumerate(items) if i in chosen]
+
+
+def _stream_length(examples: int, epochs: float) -> int:
+    return round(examples * epochs)

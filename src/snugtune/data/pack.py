@@ -1,0 +1,89 @@
+"""From examples to chunks to batches: which sequences share a row. Pure functions.
+
+Shapes: T tokens of a row, n scored positions.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from snugtune.types import Batch, Chunk, Example, Segment
+
+MIN_ROWS = 16
+"""Rows below which CPU GEMMs may sum in another order; shorter batches get a filler sequence nobody scores."""
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing bin packing: indices into `lengths`, grouped so that no group exceeds `capacity`.
+
+    A sequence longer than the capacity gets a group of its own. Ties are broken by index, so the result is a pure
+    function of its arguments.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        fitting = [b for b in range(len(bins)) if room[b] >= lengths[i]]
+        if fitting:
+            b = min(fitting, key=lambda b: (room[b], b))
+            bins[b].append(i)
+            room[b] -= lengths[i]
+        else:
+            bins.append([i])
+            room.append(capacity - lengths[i])
+    return bins
+
+
+def cut_step(examples: Sequence[Example], capacity: int, job: str, step: int, job_seed: int) -> list[Chunk]:
+    """One optimizer step's examples as chunks of at most `capacity` tokens. `capacity` 0: one sequence a chunk."""
+    bins = best_fit([len(e.tokens) for e in examples], capacity)
+    return [make_chunk([examples[i] for i in group], job, step, index, job_seed) for index, group in enumerate(bins)]
+
+
+def make_chunk(examples: Sequence[Example], job: str, step: int, index: int, job_seed: int) -> Chunk:
+    """Lay whole sequences side by side. Position i is scored when token i + 1 of the same sequence carries weight."""
+    lengths = tuple(len(e.tokens) for e in examples)
+    tokens = torch.cat([e.tokens for e in examples])
+    weights = torch.cat([e.weights for e in examples])
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    weights = weights.index_fill(0, starts, 0.0)  # a first token has no predecessor in its own sequence
+    scored = weights.nonzero().squeeze(1)
+    return Chunk(
+        job=job,
+        step=step,
+        index=index,
+        seed=derive_seed(job_seed, step, index),
+        tokens=tokens,
+        lengths=lengths,
+        rows=scored - 1,
+        targets=tokens[scored],
+        weights=weights[scored],
+    )
+
+
+def derive_seed(*parts: int) -> int:
+    """A 62-bit seed that is a pure function of its parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def collate(chunks: Sequence[Chunk], min_rows: int, device: torch.device | str = "cpu") -> Batch:
+    """Chunks side by side in one row, positions restarting at each sequence, filled up to `min_rows` tokens."""
+    tokens = [c.tokens for c in chunks]
+    lengths = [n for c in chunks for n in c.lengths]
+    total = sum(lengths)
+    if total < min_rows:
+        tokens.append(torch.zeros(min_rows - total, dtype=torch.long))
+        lengths.append(min_rows - total)
+    segments: list[Segment] = []
+    at = 0
+    for chunk in chunks:
+        segments.append(Segment(chunk.job, slice(at, at + len(chunk.tokens)), chunk.seed))
+        at += len(chunk.tokens)
+    return Batch(
+        input_ids=torch.cat(tokens)[None].to(device),
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None].to(device),
+        lengths=tuple(lengths),
+        segments=tuple(segments),
+    )

@@ -1,0 +1,137 @@
+"""From conversations to tokens and loss weights, through the model's own chat template.
+
+Only what the assistant says is trained, up to and including the end-of-turn token that generation stops at. The borders
+are found by rendering prefixes of the conversation: what a turn adds to the text before it is that turn. Templates that
+rewrite earlier turns (Qwen3 drops old thinking) have no common text; there each assistant turn becomes its own example.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from snugtune.data.sources import Conversation, Drops
+from snugtune.errors import InputError
+from snugtune.types import Example
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text of one training example and the character spans [start, end) that are trained."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class Renderer:
+    """Renders conversations for one tokenizer. `stop_ids` are the tokens that end an answer in generation."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.end_of_turn = self._find_end_of_turn()
+        self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
+
+    def template(self, messages: Messages, for_answer: bool = False) -> str:
+        """The conversation as the model's text; `for_answer` ends with the opening of an assistant turn."""
+        plain = [dict(m) for m in messages]
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=for_answer)
+
+    def render(self, messages: Messages) -> tuple[Rendered, ...]:
+        """One example, or one per assistant turn where the template rewrites earlier turns."""
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        whole = self.template(messages[: answers[-1] + 1])
+        spans = [self._span(messages, i) for i in answers]
+        if all(whole.startswith(text) for text, _ in spans):
+            return (Rendered(whole, tuple(span for _, span in spans)),)
+        return tuple(Rendered(text, (span,)) for text, span in spans)
+
+    def _span(self, messages: Messages, answer: int) -> tuple[str, tuple[int, int]]:
+        """The text up to and with the answer, and where in it the answer stands."""
+        text = self.template(messages[: answer + 1])
+        opening = self.template(messages[:answer], for_answer=True)
+        if not text.startswith(opening):  # some templates open an answer otherwise than they record it
+            opening = self.template(messages[:answer])
+        if not text.startswith(opening):
+            raise TemplateError("the chat template rewrites the question when it is answered")
+        return text, (len(opening), len(text))
+
+    def _find_end_of_turn(self) -> int:
+        """The token the template closes an answer with; the tokenizer's eos where it closes with none."""
+        mark = "snugtune-mark"
+        try:
+            text = self.template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
+        except TemplateError as error:
+            raise InputError(f"model: its chat template cannot render a question and an answer: {error}") from error
+        tail = self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
+        special = [t for t in tail if t in set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)]
+        return special[0] if special else self.tokenizer.eos_token_id
+
+    def tokenize(self, rendered: Rendered) -> tuple[list[int], list[float]]:
+        """Token ids and their weights as targets. An answer without an end token in its span gets one."""
+        coded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = []
+        weights: list[float] = []
+        spans, inside = list(rendered.spans), False
+        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+            while spans and start >= spans[0][1]:
+                spans.pop(0)
+                if inside:
+                    self._end_turn(ids, weights)
+                inside = False
+            inside = bool(spans) and start >= spans[0][0] and end <= spans[0][1]
+            ids.append(token)
+            weights.append(1.0 if inside else 0.0)
+        if inside:
+            self._end_turn(ids, weights)
+        return ids, weights
+
+    def _end_turn(self, ids: list[int], weights: list[float]) -> None:
+        """Let the answer just written end with its end token: nothing after it is trained; if there is none, add one."""
+        last = len(ids) - 1
+        while last >= 0 and weights[last] and ids[last] not in self.stop_ids:
+            last -= 1
+        if last >= 0 and weights[last]:
+            for after in range(last + 1, len(ids)):
+                weights[after] = 0.0
+        else:
+            ids.append(self.end_of_turn)
+            weights.append(1.0)
+
+
+def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
+    """Tokenise all conversations, cut to `max_seq_len`; what is cut or dropped is counted. Raises if nothing is left."""
+    renderer = Renderer(tokenizer)
+    examples: list[Example] = []
+    for conversation in conversations:
+        try:
+            pieces = renderer.render(conversation.messages)
+        except TemplateError as error:
+            drops.add(f"examples the chat template refuses ({error})", conversation.source)
+            continue
+        if len(pieces) > 1:
+            drops.add("conversations split into one example per answer, since the template rewrites earlier turns", conversation.source)
+        for piece in pieces:
+            example = _to_example(*renderer.tokenize(piece), conversation.source, max_seq_len, drops)
+            if example is not None:
+                examples.append(example)
+    if not examples:
+        raise InputError(f"data: no example is left to train on: {'; '.join(drops.lines())}")
+    return examples
+
+
+def _to_example(ids: list[int], weights: list[float], source: str, max_seq_len: int, drops: Drops) -> Example | None:
+    if weights:
+        weights[0] = 0.0  # nothing predicts the first token
+    if len(ids) > max_seq_len:
+        if not any(weights[:max_seq_len]):
+            drops.add(f"examples dropped: their answers begin after max_seq_len={max_seq_len} tokens", source)
+            return None
+        drops.add(f"examples cut to max_seq_len={max_seq_len} tokens", source)
+    if not any(weights):
+        drops.add("examples dropped: nothing to learn in them", source)
+        return None
+    return Example(torch.tensor(ids[:max_seq_len]), torch.tensor(weights[:max_seq_len]), source)

@@ -1,0 +1,29 @@
+"""The one error tree. Everything a person can mend is a `SnugtuneError`; anything else is a bug of ours.
+
+The command line prints a `SnugtuneError` as one line and exits with its `exit_code`; other exceptions keep their
+traceback and exit with 1.
+"""
+
+
+class SnugtuneError(Exception):
+    """Something the user can mend. The message names the file, line or field, and the fix."""
+
+    exit_code = 2
+
+
+class InputError(SnugtuneError):
+    """A config, data file, model, adapter or output folder that cannot be used as it is."""
+
+
+class StorageError(SnugtuneError):
+    """The disk refused a write (full, read-only, no permission). Nothing half-written is left behind."""
+
+
+class DivergedError(SnugtuneError):
+    """A job's loss or gradient stayed non-finite; its last good state is kept."""
+
+
+class Interrupted(SnugtuneError):
+    """Ctrl-C or SIGTERM. The state is saved; the same command goes on from it."""
+
+    exit_code = 130

@@ -1,0 +1,74 @@
+"""Writing to disk so that a crash or a full disk leaves either the old or the new, never half of one."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from snugtune.errors import StorageError
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Fill the yielded folder; it becomes `target` (replacing one that was there) when the block ends well.
+
+    Everything is on disk before the rename. On any error nothing of it stays; a refused write is a `StorageError`.
+    """
+    made: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        yield made
+        for file in made.rglob("*"):
+            _sync(file)
+        made.chmod(0o755)  # mkdtemp's 0700 is for secrets
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(made, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {target}: {_reason(error)}; free space or fix the folder, then run again") from error
+    finally:
+        if made is not None and made.exists():
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what a killed process was writing into `parent` through `whole_folder` or `write_whole`."""
+    for path in parent.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix == ".part":
+            path.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write one text file, all or nothing. Raises `StorageError`."""
+    made = target.with_name(f".{target.name}.part")
+    try:
+        made.write_text(text, encoding="utf-8")
+        _sync(made)
+        os.replace(made, target)
+    except OSError as error:
+        made.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {target}: {_reason(error)}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.EFBIG:
+        return "file size limit reached"
+    return os.strerror(number).lower() if number else str(error)

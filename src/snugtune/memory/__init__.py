@@ -1,0 +1,1 @@
+"""What memory there is, what is used, and the plan that decides how."""

@@ -1,0 +1,30 @@
+"""How much memory this process has used."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+class Watch:
+    """Reads the peak: resident memory of the process on CPU, allocated memory of the device on CUDA. In bytes."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def peak(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return peak_rss()
+
+
+def peak_rss() -> int:
+    """The process's highest resident set so far (VmHWM), in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,14 @@
+"""Ways of tuning a base. A new one is a file here and a line in `METHODS`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from snugtune.methods.full import Full, FullConfig
+from snugtune.methods.lora import Lora, LoraConfig
+from snugtune.methods.method import Attached, Method
+
+METHODS: dict[type, Method] = {LoraConfig: Lora(), FullConfig: Full()}
+MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
+
+__all__ = ["METHODS", "Attached", "Method", "MethodConfig"]

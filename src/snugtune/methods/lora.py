@@ -1,0 +1,235 @@
+"""LoRA: low-rank updates next to frozen linears, for any number of jobs on one base.
+
+Source: Hu et al. 2021 (arXiv 2106.09685). The config, the initial values, the choice of targets and the file format are
+PEFT's, so that adapters travel both ways. Adapters are fp32 and are computed with in the base's dtype.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from snugtune.errors import InputError
+from snugtune.model.base import Base
+from snugtune.model.routed import Slot
+from snugtune.schema import Config
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+STAMP_FILE = "snugtune.json"
+_PREFIX = "base_model.model."
+
+
+class LoraConfig(Config):
+    """Train low-rank updates of the base's linears; the base stays as it is."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1, description="rank of the updates")
+    lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the update, while training")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="'all-linear', a list of module name endings, or a regular expression over full names"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field("default", description="initial values, as PEFT's")
+
+    def to_peft(self, targets: list[str] | None = None) -> PeftLoraConfig:
+        """The same settings in PEFT's words; `targets` are module names or endings."""
+        return PeftLoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.lora_dropout,
+            target_modules=targets if targets is not None else _peft_targets(self.target_modules),
+            use_rslora=self.use_rslora,
+            init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
+            task_type="CAUSAL_LM",
+        )
+
+
+class LoraAttached:
+    """One job's factors at its sites, in one flat fp32 buffer (one optimizer call a step)."""
+
+    def __init__(self, base: Base, job: str, config: PeftLoraConfig, factors: dict[str, tuple[Tensor, Tensor, float]]):
+        """`factors`: site name -> (A [r, in], B [out, r], scale)."""
+        self.base, self.job, self.config = base, job, config
+        total = sum(a.numel() + b.numel() for a, b, _ in factors.values())
+        self.flat = nn.Parameter(torch.empty(total, dtype=torch.float32, device=base.device))
+        self.flat.grad = torch.zeros_like(self.flat)
+        self.sites: list[str] = list(factors)
+        at = 0
+        for name, (a, b, scale) in factors.items():
+            views: list[Tensor] = []
+            for source in (a, b):
+                part = slice(at, at + source.numel())
+                view = self.flat.detach()[part].view(source.shape).copy_(source).requires_grad_()
+                view.grad = self.flat.grad[part].view(source.shape)  # backward accumulates straight into the flat buffer
+                views.append(view)
+                at = part.stop
+            base.site(name).slots[job] = Slot(views[0], views[1], scale, float(config.lora_dropout))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.flat]
+
+    def zero_grad(self) -> None:
+        assert self.flat.grad is not None
+        self.flat.grad.zero_()
+
+    def publish(self) -> None:
+        """Nothing to bring anywhere: the sites look at the flat buffer itself."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {"flat": self.flat.detach()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.flat.detach().copy_(tensors["flat"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors under PEFT's names."""
+        named: dict[str, Tensor] = {}
+        for name in self.sites:
+            slot = self.base.site(name).slots[self.job]
+            named[f"{_PREFIX}{name}.lora_A.weight"] = slot.a.detach()
+            named[f"{_PREFIX}{name}.lora_B.weight"] = slot.b.detach()
+        return named
+
+    def save(self, folder: Path) -> None:
+        """PEFT's adapter folder, and a stamp with the base's fingerprint."""
+        config = replace(self.config, base_model_name_or_path=self.base.name, inference_mode=True)
+        config.save_pretrained(str(folder))
+        tensors = {k: v.contiguous().cpu() for k, v in self.tensors().items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        stamp = {"base": self.base.name, "base_fingerprint": self.base.fingerprint, "job": self.job}
+        (folder / STAMP_FILE).write_text(json.dumps(stamp, indent=2) + "\n")
+
+    def detach(self) -> None:
+        for name in self.sites:
+            self.base.site(name).slots.pop(self.job, None)
+
+
+class Lora:
+    """The method: attach fresh factors, or those of an adapter folder."""
+
+    routable: ClassVar[bool] = True
+    artefacts: ClassVar[str] = "adapters"
+
+    def attach(self, base: Base, job: str, config: LoraConfig, seed: int) -> LoraAttached:
+        """Fresh factors; equal to those of `get_peft_model` after `torch.manual_seed(seed)` on an fp32 base."""
+        names = _select(base, config.target_modules)
+        transposed = base.conv1d_names.intersection(names)
+        peft_config = config.to_peft(_shortest(names, base.linear_names))
+        peft_config.fan_in_fan_out = bool(transposed)
+        base.freeze()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            factors = {name: _initial(base, name, peft_config) for name in names}
+        return LoraAttached(base, job, peft_config, factors)
+
+    def load(self, base: Base, job: str, folder: Path) -> LoraAttached:
+        """The factors of a PEFT adapter folder. Refuses another base's, unknown keys and features LoRA here lacks."""
+        config, tensors = _read_adapter(folder)
+        _check_stamp(folder, base)
+        base.freeze()
+        names = sorted({k.removeprefix(_PREFIX).rpartition(".lora_")[0] for k in tensors}, key=_order(base))
+        if not names:
+            raise InputError(f"{folder / WEIGHTS_FILE} holds no LoRA weights")
+        unknown = [n for n in names if n not in base.linear_names]
+        if unknown:
+            raise InputError(f"{folder}: the base '{base.name}' has no linear '{unknown[0]}' (and {len(unknown) - 1} more); wrong base?")
+        return LoraAttached(base, job, config, {n: _matched(folder, base, n, config, tensors) for n in names})
+
+
+def _peft_targets(targets: str | tuple[str, ...]) -> str | list[str]:
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _select(base: Base, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The linears that `target_modules` means, in the model's order. Every entry must match something."""
+    if targets == "all-linear":
+        names = base.adaptable()
+        if not names:
+            raise InputError(f"method.target_modules: '{base.name}' has no linear layer that LoRA can adapt")
+        return names
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    chosen: set[str] = set()
+    for target in wanted:
+        probe = PeftLoraConfig(target_modules=target if isinstance(targets, str) else [target])
+        found = {n for n in base.linear_names if check_target_module_exists(probe, n)}
+        if not found:
+            endings = sorted({n.rpartition(".")[2] for n in base.linear_names})
+            raise InputError(f"method.target_modules: '{target}' matches no linear of '{base.name}'; it has {', '.join(endings)}")
+        chosen |= found
+    return tuple(n for n in base.linear_names if n in chosen)
+
+
+def _shortest(names: tuple[str, ...], linears: tuple[str, ...]) -> list[str]:
+    """Name endings that mean exactly `names` among `linears`; the full names where endings would mean more."""
+    endings = sorted({n.rpartition(".")[2] for n in names})
+    meant = tuple(n for n in linears if n.rpartition(".")[2] in endings)
+    return endings if set(meant) == set(names) else list(names)
+
+
+def _initial(base: Base, name: str, config: PeftLoraConfig) -> tuple[Tensor, Tensor, float]:
+    """A, B and scale as PEFT makes them, from a throwaway PEFT layer over a weightless fp32 linear."""
+    site = base.model.get_submodule(name)
+    assert isinstance(site.in_features, int) and isinstance(site.out_features, int)
+    stub = nn.Linear(site.in_features, site.out_features, bias=False, device="meta")
+    stub.weight = nn.Parameter(torch.zeros(1).expand(site.out_features, site.in_features), requires_grad=False)
+    layer = PeftLinear(stub, "default", config, r=config.r, lora_alpha=config.lora_alpha)  # pyright: ignore[reportCallIssue]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # pyright: ignore[reportArgumentType]
+    return a.detach(), b.detach(), float(layer.scaling["default"])
+
+
+def _read_adapter(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder} is not a PEFT adapter folder (no {file})")
+    try:
+        raw: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if raw.get("peft_type") != "LORA":
+            raise InputError(f"{folder / CONFIG_FILE}: peft_type {raw.get('peft_type')!r}; snugtune loads LORA adapters")
+        config = PeftLoraConfig.from_pretrained(str(folder))
+        with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
+            tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
+    except (ValueError, TypeError, SafetensorError, OSError) as error:
+        raise InputError(f"{folder}: cannot be read as an adapter: {error}") from error
+    assert isinstance(config, PeftLoraConfig)
+    unsupported = [k for k in ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
+                   if getattr(config, k, None)]  # fmt: skip
+    strangers = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if unsupported or strangers:
+        raise InputError(f"{folder}: uses {', '.join(unsupported or strangers[:3])}, which snugtune does not support")
+    return config, tensors
+
+
+def _check_stamp(folder: Path, base: Base) -> None:
+    stamp = folder / STAMP_FILE
+    if not stamp.is_file():
+        return
+    made_for = json.loads(stamp.read_text(encoding="utf-8"))
+    if made_for["base_fingerprint"] != base.fingerprint:
+        raise InputError(f"{folder}: this adapter was trained on other weights ('{made_for['base']}') than '{base.name}'")
+
+
+def _matched(folder: Path, base: Base, name: str, config: PeftLoraConfig, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    a, b = (tensors.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
+    layer = base.model.get_submodule(name)
+    if a is None or b is None or a.shape[1:] != (layer.in_features,) or b.shape[:1] != (layer.out_features,) or len(a) != b.shape[1]:
+        raise InputError(f"{folder}: the weights for '{name}' do not fit '{base.name}'; wrong base?")
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    scale = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
+    return a, b, float(scale)
+
+
+def _order(base: Base) -> Any:
+    place = {n: i for i, n in enumerate(base.linear_names)}
+    return lambda name: (place.get(name, len(place)), name)

@@ -1,0 +1,53 @@
+"""What every way of tuning a base offers to the trainer."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from snugtune.model.base import Base
+
+
+class Attached(Protocol):
+    """A method at work on a base for one job."""
+
+    job: str
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps: fp32, with `.grad` allocated and accumulated into by backward."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Set the gradients to zero (they stay allocated)."""
+        ...
+
+    def publish(self) -> None:
+        """After an optimizer step: bring the new values to where the base computes with them."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that trains, exact, by stable names: what a checkpoint holds."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the finished artefact (an adapter or a model) into an existing folder."""
+        ...
+
+    def detach(self) -> None:
+        """Leave the base as if the job had never been there."""
+        ...
+
+
+class Method(Protocol):
+    """A way of tuning. `routable` methods share a base; `artefacts` is the folder of a run their results go to."""
+
+    routable: ClassVar[bool]
+    artefacts: ClassVar[str]
+
+    def attach(self, base: Base, job: str, config: Any, seed: int) -> Attached:
+        """Start tuning `base` for `job`; initial values are a pure function of `seed`."""
+        ...

@@ -1,0 +1,1 @@
+"""The base model: the only layer that knows the insides of transformers."""

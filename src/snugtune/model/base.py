@@ -1,0 +1,255 @@
+"""The base: one pretrained model, frozen or not, that 1..N jobs train on. Nothing above this knows transformers.
+
+Shapes: T tokens of a row, D model width, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from snugtune.errors import InputError
+from snugtune.model import attention
+from snugtune.model.frozen import FrozenLinear, freeze_linears
+from snugtune.model.head import Head, Logits
+from snugtune.model.load import load_config, load_model, load_tokenizer
+from snugtune.model.routed import RoutedLinear, Router
+from snugtune.model.source import ModelSource
+from snugtune.types import Batch, Plan, Segment
+
+AttentionInterface.register(attention.NAME, attention.varlen_attention)
+
+# RoPE variants whose angles depend on the length of the whole row, not on positions alone.
+_ROW_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+# Mixers that carry a state along the row.
+_STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hybrid", "chunked_attention")
+# Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
+_PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+
+
+class Base:
+    """A pretrained model with its tokenizer, head and sites.
+
+    `packable` says whether several sequences may share a row (decided by rule and proved at construction); `moe`
+    whether experts see neighbours' rows; `notes` what the user should be told; `fingerprint` identifies the weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, notes: tuple[str, ...] = ()):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.router = Router()
+        self.sites: dict[str, RoutedLinear] = {}
+        self.frozen = False
+        self.native_attention = model.config._attn_implementation
+        self.fingerprint = _fingerprint(model)
+        self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
+        self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
+        self.moe = _count_experts(model) is not None
+        obstacle = _packing_obstacle(model) or self._prove_packing()
+        self.packable = obstacle is None
+        self.notes = notes
+        if obstacle is not None:
+            self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
+        self.head, self.own_head = self._check_head()
+        if self.own_head:
+            self.notes += ("the model's head is not a plain projection; using its own, unchunked (more memory)",)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportReturnType, reportIndexIssue]
+
+    def freeze(self) -> None:
+        """Make every linear a `FrozenLinear` and let no base weight train. Idempotent."""
+        if not self.frozen:
+            freeze_linears(self.model)
+            self.frozen = True
+            if self.head.project is not None:
+                self.head.project = self.model.get_output_embeddings()
+
+    def site(self, name: str) -> RoutedLinear:
+        """The routed layer at linear `name`; becomes one on first use. The base must be frozen."""
+        if name not in self.sites:
+            linear = self.model.get_submodule(name)
+            assert isinstance(linear, FrozenLinear), "freeze() the base before asking for sites"
+            site = RoutedLinear(linear, self.router, name)
+            site.train(linear.training)
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, site)
+            self.sites[name] = site
+            if linear is self.head.project:
+                self.head.project = site
+        return self.sites[name]
+
+    def adaptable(self) -> tuple[str, ...]:
+        """What "all-linear" means: every linear but the output head, MoE routers and experts. As PEFT's, by name."""
+        experts = _count_experts(self.model)
+        head = self.model.get_output_embeddings()
+        names = []
+        for name in self.linear_names:
+            module = self.model.get_submodule(name)
+            inner = module.frozen if isinstance(module, RoutedLinear) else module
+            is_head = inner is head or module is head
+            is_router = experts is not None and getattr(inner, "out_features", getattr(inner, "nf", None)) == experts
+            if not (is_head or is_router or ".experts." in f".{name}."):
+                names.append(name)
+        return tuple(names)
+
+    def configure(self, recompute: bool, head_rows: int) -> None:
+        """Set the memory knobs: recompute each block in backward; rows of logits alive at once."""
+        self.head.rows_at_once = head_rows
+        if recompute:
+            if not self.model.supports_gradient_checkpointing:
+                raise InputError(f"plan.recompute: '{self.name}' does not support recomputing its blocks; set it to none")
+            self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    @contextmanager
+    def routed(self, batch: Batch) -> Iterator[None]:
+        """Route the sites by `batch` inside the block, which must span forward *and* backward."""
+        with self.router.routing(batch.segments):
+            yield
+
+    @contextmanager
+    def answering(self, job: str | None) -> Iterator[None]:
+        """Inside the block the model is ready to generate: its native attention, no dropout, `job`'s adapter on all rows."""
+        segments = () if job is None else (Segment(job, slice(None), 0),)
+        training, packed = self.model.training, self.model.config._attn_implementation
+        self.model.eval()
+        self.model.set_attn_implementation(self.native_attention)
+        try:
+            with self.router.routing(segments):
+                yield
+        finally:
+            self.model.set_attn_implementation(packed)
+            self.model.train(training)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states of a row, [T, D]; for a model that keeps its own head, its logits [T, V]."""
+        inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
+        if self.packable:
+            borders = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
+            longest = max(batch.lengths)
+            inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
+                       "max_length_q": longest, "max_length_k": longest}  # fmt: skip
+        else:
+            assert len(batch.lengths) == 1, "an unpackable model takes one sequence per forward"
+        if self.own_head:
+            return self.model(**inputs).logits[0]
+        return self._body(**inputs)
+
+    def _body(self, **inputs: object) -> Tensor:
+        """The decoder's last hidden states [T, D]; models that keep their residual in fp32 hand it to the head in theirs."""
+        return self.model.get_decoder()(**inputs).last_hidden_state[0].to(self.dtype)
+
+    def _prove_packing(self) -> str | None:
+        """Two short sequences in one row against each alone with the model's own attention. None when they agree."""
+        self.own_head = False
+        self.packable = True
+        batch = _probe_batch(self.vocab_size, self.device)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            alone = [self._body(input_ids=ids, use_cache=False) for ids in batch.input_ids.split(batch.lengths, dim=1)]
+            try:
+                self.model.set_attn_implementation(attention.NAME)
+                packed = self.hidden(batch)
+            except (ValueError, TypeError) as error:
+                self.model.set_attn_implementation(self.native_attention)
+                return str(error).splitlines()[0]
+            finally:
+                self.model.train(training)
+        error = _relative(packed, torch.cat(alone))
+        if error <= _PROOF_TOLERANCE[self.dtype]:
+            return None
+        self.model.set_attn_implementation(self.native_attention)
+        return f"packed and separate differ by {error:.1e}"
+
+    def _check_head(self) -> tuple[Head, bool]:
+        """The chunked head if it reproduces the model's own logits, else the model's own."""
+        project = self.model.get_output_embeddings()
+        config = self.model.config
+        cap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        head = Head(project, Logits(scale=scale, softcap=cap), router=self.router)
+        batch = _probe_batch(self.vocab_size, self.device)
+        ids = batch.input_ids[:, : batch.lengths[0]]
+        training = self.model.training
+        with torch.no_grad(), self.answering(None):
+            own = self.model(input_ids=ids, use_cache=False).logits[0]
+            ours = head.logits(self._body(input_ids=ids, use_cache=False)) if project else None
+        self.model.train(training)
+        if ours is not None and ours.shape == own.shape and _relative(ours, own) <= _PROOF_TOLERANCE[self.dtype]:
+            return head, False
+        return Head(None, Logits()), True
+
+
+def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) -> Base:
+    """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM."""
+    config = load_config(source, trust_remote_code)
+    tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
+    model, model_notes = load_model(source, config, plan.weights, plan.device, trust_remote_code)
+    return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes))
+
+
+def _packing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why sequences must not share a row, as far as the config tells; leaks that show only at length are found here."""
+    config = model.config
+    if getattr(model, "_is_stateful", False):
+        return "it carries a state along the row"
+    kinds = [str(k) for k in getattr(config, "layer_types", None) or ()]
+    stateful = [k for k in kinds if any(word in k for word in _STATEFUL_LAYERS)]
+    if stateful:
+        return f"it has {stateful[0]} layers"
+    if getattr(config, "alibi", False):
+        return "ALiBi positions"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if part.get("rope_type") in _ROW_DEPENDENT_ROPE:
+            return f"{part['rope_type']} RoPE depends on the row's length"
+    if not model._supports_attention_backend:
+        return "its attention is not replaceable"
+    return None
+
+
+def _count_experts(model: PreTrainedModel) -> int | None:
+    counts = (getattr(model.config, k, None) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return next((c for c in counts if isinstance(c, int) and c > 1), None)
+
+
+def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
+    """Two short sequences of arbitrary tokens, the second longer, so that a leak of either kind shows."""
+    lengths = (11, 17)
+    ids = (torch.arange(sum(lengths)) * 7919 + 13) % min(vocab_size, 1000)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return Batch(ids[None].to(device), positions[None].to(device), lengths, ())
+
+
+def _relative(ours: Tensor, truth: Tensor) -> float:
+    """||ours - truth|| / ||truth||, in fp32 or better; infinite when not finite."""
+    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (ours, truth))
+    error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+    return error if error == error else float("inf")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A hash of names, shapes and a sample of every weight in bf16, so that it does not depend on the loading dtype."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,87 @@
+"""Linear layers whose weights do not train.
+
+A `FrozenLinear` fetches its weight when it needs it (in forward, in recompute and again in backward) and never leaves it
+on the autograd context. That one rule is what makes quantised and streamed weights safe: nothing holds on to a transient.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+
+class FrozenLinear(nn.Linear):
+    """y = x W^T + b with W [out, in] frozen and dense. Subclasses store W otherwise and override `weight`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a weight of its own
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("stored", weight.detach(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear | Conv1D) -> "FrozenLinear":
+        """Take over the weight of a linear, without a copy; a Conv1D (GPT-2) as a transposed view."""
+        weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+        return cls(weight, linear.bias)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether `of` can take over `module`: a linear, a Conv1D, or a subclass seen to compute the same."""
+        if type(module) in (nn.Linear, Conv1D):
+            return True
+        return isinstance(module, nn.Linear) and not isinstance(module, FrozenLinear) and _computes_linear(module)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[out, in] in the compute dtype. Transient: use it and let it go."""
+        return self.get_buffer("stored")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest, bias included."""
+        return sum(b.nbytes for b in self.buffers())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [..., in] -> x W^T + b [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        """dy [..., out] -> dy W [..., in], the gradient with respect to x."""
+        return dy @ self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Frozen.apply(input, self)  # pyright: ignore[reportReturnType]
+
+
+class _Frozen(torch.autograd.Function):
+    """Saves the layer, not its weight; x is not needed at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.matmul(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.matmul_t(grads[0]), None
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    with torch.no_grad():
+        x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+        return torch.allclose(module(x), F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
+
+
+def freeze_linears(model: nn.Module) -> None:
+    """Replace every linear of `model` by a `FrozenLinear` that shares its storage, and stop all other gradients."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if FrozenLinear.takes(child):
+                setattr(parent, name, FrozenLinear.of(child))

@@ -1,0 +1,64 @@
+"""Answers from a base, with or without a job's adapter: transformers' own generation over our layers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import TextStreamer
+
+from snugtune.model.base import Base
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. Temperature 0 takes the likeliest token each time."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class _Forward(TextStreamer):
+    """Hands finished pieces of text on as they come."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)
+
+
+def generate(
+    base: Base,
+    job: str | None,
+    prompts: Sequence[str],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Answer rendered prompts together; `on_text` streams the text of a single one. `job` None is the bare base."""
+    tokenizer = base.tokenizer
+    rows = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    longest = max(len(r) for r in rows)  # pyright: ignore[reportArgumentType]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (longest - len(r)) + list(r) for r in rows], device=base.device)  # pyright: ignore
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=base.device)  # pyright: ignore
+    drawn = sampling.temperature > 0
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=drawn,
+        temperature=sampling.temperature if drawn else None,
+        top_p=sampling.top_p if drawn else None,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    streamer = None if on_text is None else _Forward(tokenizer, on_text)
+    with base.answering(job), torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(sampling.seed)
+        out = base.model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)  # pyright: ignore
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]  # pyright: ignore

@@ -1,0 +1,137 @@
+"""The output head: from hidden states to losses, without ever holding all the logits.
+
+Shapes: n scored rows, D model width, V vocabulary. Only scored rows come here, and at most `rows_at_once` of them have
+their V logits alive at a time. The negative log likelihood of target t is logsumexp(z) - z_t with z in fp32.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from snugtune.model.frozen import FrozenLinear
+from snugtune.model.routed import Router
+from snugtune.types import Segment
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What models do to the head's output besides a matrix product: z = softcap(scale * (h W^T + b))."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """[n, V] in the model's dtype -> fp32 logits. Follows the models: scale in their dtype, then the cap."""
+        z = raw * self.scale if self.scale != 1.0 else raw
+        if self.softcap is not None:
+            z = torch.tanh(z / self.softcap) * self.softcap
+        return _wide(z)
+
+    def derivative(self, dz: Tensor, z: Tensor) -> Tensor:
+        """The gradient with respect to `raw`, from that of the logits and the logits themselves (fp32)."""
+        if self.softcap is not None:
+            dz = dz * (1.0 - (z / self.softcap) ** 2)
+        return dz * self.scale if self.scale != 1.0 else dz
+
+
+class Head:
+    """Scores hidden states with the model's own output embeddings.
+
+    `project` is the module that turns [n, D] into [n, V]; None means that the rows are logits already (the model's own
+    unchunked head, for models whose head is more than `Logits` can say). `segment` says whose rows these are, for heads
+    that carry adapters; `for_segment` gives the head of another chunk.
+    """
+
+    def __init__(
+        self,
+        project: nn.Module | None,
+        shape: Logits,
+        rows_at_once: int = 512,
+        router: Router | None = None,
+        segment: Segment | None = None,
+    ):
+        self.project = project
+        self.shape = shape
+        self.rows_at_once = rows_at_once
+        self.router = router
+        self.segment = segment
+
+    def for_segment(self, segment: Segment) -> "Head":
+        """This head for the rows of one chunk, whatever slice of them comes at a time."""
+        covering = replace(segment, tokens=slice(None))
+        return Head(self.project, self.shape, self.rows_at_once, self.router, covering)
+
+    def logits(self, h: Tensor, offset: int = 0) -> Tensor:
+        """[n, D] -> [n, V] in fp32, at once. `offset` is where these rows stand in their chunk (it seeds dropout)."""
+        if self.project is None:
+            return _wide(h)
+        if self.router is None or self.segment is None:
+            scope = nullcontext()
+        else:
+            scope = self.router.routing((replace(self.segment, seed=self.segment.seed + offset),))
+        with scope:
+            return self.shape(self.project(h))
+
+    def nll(self, h: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of negative log likelihoods: h [n, D], targets int64 [n], weights fp32 [n] -> fp32 scalar."""
+        if isinstance(self.project, FrozenLinear):
+            return _FrozenNll.apply(h, targets, weights, self)  # pyright: ignore[reportReturnType]
+        return -(self.logprobs(h, targets) * weights).sum()
+
+    def logprobs(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Log probability of each target: [n], fp32. Any head, training or adapted; chunks are recomputed in backward."""
+
+        def score(rows: Tensor, wanted: Tensor, offset: int) -> Tensor:
+            return -F.cross_entropy(self.logits(rows, offset), wanted, reduction="none")
+
+        starts = range(0, max(len(h), 1), self.rows_at_once)
+        parts = [slice(start, start + self.rows_at_once) for start in starts]
+        return torch.cat([_recomputed(score, h[part], targets[part], part.start) for part in parts])
+
+
+def _wide(z: Tensor) -> Tensor:
+    """At least fp32; fp64 stays, so that gradients can be checked in it."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    out = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _FrozenNll(torch.autograd.Function):
+    """The same sum for a frozen head, in one pass: dh is made while the logits are there, and they are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
+        layer, shape = head.project, head.shape
+        assert isinstance(layer, FrozenLinear)
+        total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(h), head.rows_at_once):
+            part = slice(start, start + head.rows_at_once)
+            z = shape(layer.matmul(h[part]))
+            wanted, w = targets[part, None], weights[part, None].to(z.dtype)
+            lse = z.logsumexp(dim=-1, keepdim=True)
+            total += ((lse - z.gather(1, wanted)) * w).sum()
+            if dh is not None:
+                dz = torch.exp(z - lse) if shape.softcap is not None else z.sub_(lse).exp_()
+                dz.scatter_add_(1, wanted, torch.full_like(lse, -1.0)).mul_(w)
+                dh[part] = layer.matmul_t(shape.derivative(dz, z).to(h.dtype))
+        ctx.dh = dh
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        dh, ctx.dh = ctx.dh, None
+        # In fp32: 1 / (step size) rounded to bf16 would scale every gradient by up to 0.4 %.
+        return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None

@@ -1,0 +1,95 @@
+"""Loading a base: from a `ModelSource` to a transformers model and tokenizer, with every doubt said or refused."""
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from snugtune.errors import InputError
+from snugtune.model.source import ModelSource
+from snugtune.types import Width
+
+DTYPES: dict[Width, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+"""The plain template of models that bring none: `### User:`, `### Assistant:` with the end-of-text token after answers."""
+
+
+def load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's config. Raises `InputError` unless it is a decoder-only causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model: cannot load '{source.name}': {_first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise InputError(f"model: '{source.name}' ({config.model_type}) is an encoder-decoder; snugtune trains decoder-only models")
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+        raise InputError(f"model: '{source.name}' ({config.model_type}) is not a causal language model")
+    return config
+
+
+def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer and what to say about it. Refuses one that cannot map tokens to text or that has no end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception for broken files
+        raise InputError(f"model: cannot load the tokenizer of '{source.name}': {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"model: the tokenizer of '{source.name}' gives no character offsets; a tokenizer.json is needed")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model: the tokenizer of '{source.name}' has no eos_token; answers could never end")
+    notes = []
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = FALLBACK_TEMPLATE
+        notes.append("the model has no chat template; using a plain one (### User: / ### Assistant:)")
+    return tokenizer, notes
+
+
+def load_model(
+    source: ModelSource, config: PretrainedConfig, width: Width, device: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model with its dropouts off, in `width` on `device`, from safetensors alone. Refuses missing weights."""
+    notes = _silence_dropouts(config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=config,
+            dtype=DTYPES[width],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model: cannot load the weights of '{source.name}': {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise InputError(f"model: '{source.name}' lacks {len(missing)} weights its config asks for (first: {missing[0]})")
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model, notes
+
+
+def _silence_dropouts(config: Any) -> list[str]:
+    """Set the base's own dropouts to 0: they draw from the global generator, which would tie jobs to one another."""
+    alive = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0}
+    for name in alive:
+        setattr(config, name, 0.0)
+    return [f"the base's own dropouts are off ({', '.join(sorted(alive))})"] if alive else []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

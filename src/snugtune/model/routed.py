@@ -1,0 +1,125 @@
+"""LoRA over a frozen linear, for any number of jobs at once: y = x W^T + b + s drop(x) A^T B^T, per segment.
+
+Source: Hu et al., "LoRA" (arXiv 2106.09685); rank-stabilised scaling from Kalajdzievski (arXiv 2312.03732).
+Each segment of a batch belongs to one job and meets that job's factors alone, through slices: a mask multiplication
+would let a neighbour's NaN through (0 * NaN).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from snugtune.model.frozen import FrozenLinear
+from snugtune.types import Segment
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One job's factors at one site. The factors are fp32 and are computed with in the dtype of x."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
+    dropout: float = 0.0
+
+
+@dataclass
+class Router:
+    """Which segments the rows of the current forward, recompute and backward belong to. One per base."""
+
+    segments: tuple[Segment, ...] = field(default_factory=tuple)
+
+    @contextmanager
+    def routing(self, segments: tuple[Segment, ...]) -> Iterator[None]:
+        """Route by `segments` inside the block. For training it must span forward and backward: recompute runs there."""
+        before, self.segments = self.segments, segments
+        try:
+            yield
+        finally:
+            self.segments = before
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear and the slots of every job. The slots live outside the module tree: adding the k-th is O(1)."""
+
+    def __init__(self, frozen: FrozenLinear, router: Router, name: str):
+        super().__init__()
+        self.frozen = frozen
+        self.router = router
+        self.name = name
+        self.slots: dict[str, Slot] = {}
+        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.frozen.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = [(s, self.slots[s.job]) for s in self.router.segments if s.job in self.slots]
+        if not active:
+            return self.frozen(x)
+        masks = [_Mask(slot.dropout, segment.seed, self.name) if self.training else None for segment, slot in active]
+        factors = [f for _, slot in active for f in (slot.a, slot.b)]
+        y = _Lora.apply(x.flatten(0, -2), self.frozen, active, masks, *factors)
+        assert isinstance(y, Tensor)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A dropout mask as a recipe: a pure function of (chunk seed, site), drawn again in recompute and in backward."""
+
+    p: float
+    seed: int
+    site: str
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.p == 0.0:
+            return x
+        digest = hashlib.blake2b(f"{self.seed}:{self.site}".encode(), digest_size=8).digest()
+        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+        return torch.where(kept, x / (1.0 - self.p), 0.0)
+
+
+class _Lora(torch.autograd.Function):
+    """One node per linear. Saves x once and nothing else of its size: x A^T and the masks are made again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: FrozenLinear, active: list[tuple[Segment, Slot]], masks: list[_Mask | None], *factors: Tensor
+    ) -> Tensor:
+        y = frozen.matmul(x)
+        for (segment, slot), mask in zip(active, masks, strict=True):
+            low = _drop(x[segment.tokens], mask) @ slot.a.to(x.dtype).t()
+            y[segment.tokens].addmm_(low, slot.b.to(x.dtype).t(), alpha=slot.scale)
+        ctx.frozen, ctx.active, ctx.masks = frozen, active, masks
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), dy = ctx.saved_tensors, grads[0]
+        dx = ctx.frozen.matmul_t(dy) if ctx.needs_input_grad[0] else None
+        factor_grads: list[Tensor] = []
+        for (segment, slot), mask in zip(ctx.active, ctx.masks, strict=True):
+            a, b = slot.a.to(x.dtype), slot.b.to(x.dtype)
+            xs, dys = _drop(x[segment.tokens], mask), dy[segment.tokens]
+            dlow = (dys @ b).mul_(slot.scale)  # [t, r]
+            grad_b = (dys.t() @ (xs @ a.t())).to(slot.b.dtype).mul_(slot.scale)
+            grad_a = (dlow.t() @ xs).to(slot.a.dtype)
+            factor_grads += [grad_a, grad_b]
+            if dx is not None:
+                dx[segment.tokens] += _drop(dlow @ a, mask)
+        return dx, None, None, None, *factor_grads
+
+
+def _drop(x: Tensor, mask: _Mask | None) -> Tensor:
+    return x if mask is None else mask.apply(x)

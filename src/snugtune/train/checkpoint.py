@@ -1,0 +1,75 @@
+"""Checkpoints: everything a run needs to go on bit for bit, written whole or not at all.
+
+A checkpoint is a folder `step-00000010` with `run.json` (steps, plan, thread count) and one safetensors file a job.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from snugtune.errors import InputError
+from snugtune.files import whole_folder
+from snugtune.train.job import Job
+from snugtune.types import Plan
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A readable checkpoint on disk. `jobs` holds each job's plain numbers; a finished job has `finished: true`."""
+
+    folder: Path
+    step: int  # of the run
+    plan: Plan
+    jobs: dict[str, dict[str, Any]]
+
+    def restore(self, job: Job) -> None:
+        """Bring a freshly started job to where it stood."""
+        try:
+            tensors = load_file(self.folder / f"{job.name}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.folder}: the checkpoint of job '{job.name}' cannot be read: {error}") from error
+        job.load_state(tensors, self.jobs[job.name])
+
+
+def save_checkpoint(root: Path, step: int, plan: Plan, active: Sequence[Job], finished: Sequence[Job], keep: int) -> Path:
+    """Write the state after run step `step`, then delete all but the newest `keep`. Raises `StorageError`."""
+    target = root / f"step-{step:08d}"
+    with whole_folder(target) as made:
+        numbers: dict[str, dict[str, Any]] = {job.name: {"finished": True, "step": job.step} for job in finished}
+        for job in active:
+            tensors, numbers[job.name] = job.state()
+            save_file({k: v.contiguous() for k, v in tensors.items()}, made / f"{job.name}.safetensors")
+        state = {"format": FORMAT, "step": step, "plan": asdict(plan), "jobs": numbers}
+        (made / "run.json").write_text(json.dumps(state, indent=2) + "\n")
+    for old in _folders(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest checkpoint, or None when there is none. Raises `InputError` when it cannot be read."""
+    folders = _folders(root)
+    if not folders:
+        return None
+    try:
+        state = json.loads((folders[-1] / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folders[-1]}: cannot be read as a checkpoint ({error}); delete it to go on from the one before") from error
+    if state["format"] != FORMAT:
+        raise InputError(f"{folders[-1]}: written by another version of snugtune (format {state['format']}, this one reads {FORMAT})")
+    return Checkpoint(folders[-1], state["step"], Plan(**state["plan"]), state["jobs"])
+
+
+def _folders(root: Path) -> list[Path]:
+    """Finished checkpoint folders, oldest first. Half-written ones have other names and are removed by whoever wrote them."""
+    found = [p for p in root.iterdir() if re.fullmatch(r"step-\d+", p.name)] if root.is_dir() else []
+    return sorted(found, key=lambda p: p.name)

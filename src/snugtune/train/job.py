@@ -1,0 +1,110 @@
+"""A job: one named training and where it stands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snugtune.config import JobConfig
+from snugtune.data.mix import step_indices, total_steps
+from snugtune.data.pack import cut_step
+from snugtune.methods import METHODS, Attached
+from snugtune.model.base import Base
+from snugtune.objectives import OBJECTIVES
+from snugtune.optim import learning_rate
+from snugtune.types import Chunk, Example, Plan
+
+
+@dataclass(frozen=True)
+class JobData:
+    """A job's tokenised examples."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...] = ()
+
+
+@dataclass
+class Job:
+    """Config, data, method at work, optimizer, progress. `step` counts completed optimizer steps.
+
+    What step k trains on is a pure function of (config, data, k), so progress is one number.
+    """
+
+    config: JobConfig
+    data: JobData
+    attached: Attached
+    optimizer: torch.optim.Optimizer
+    capacity: int  # tokens of a chunk; 0: one sequence a chunk
+    scaler: torch.amp.GradScaler | None = None  # fp16 only
+    step: int = 0
+    skipped_in_a_row: int = 0
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.total = total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
+        self.objective = OBJECTIVES[type(c.objective)]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        seen = self.step * self.config.batch_size
+        if self.config.steps is None:
+            seen = min(seen, round(len(self.data.train) * (self.config.epochs or 1)))
+        return seen / len(self.data.train)
+
+    def lr(self) -> float:
+        """The rate of the step to come."""
+        return learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.total)
+
+    def chunks(self) -> list[Chunk]:
+        """The step to come, cut by this job and its plan alone."""
+        c = self.config
+        indices = step_indices(self.step, len(self.data.train), c.batch_size, c.epochs, c.steps, c.seed)
+        return cut_step([self.data.train[i] for i in indices], self.capacity, self.name, self.step, c.seed)
+
+    def evaluation_chunks(self) -> list[Chunk]:
+        return cut_step(self.data.held_out, self.capacity, self.name, 0, self.config.seed) if self.data.held_out else []
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain numbers that bring this job back exactly where it stands."""
+        tensors = {f"weights.{k}": v for k, v in self.attached.state().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return tensors, {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "scaler": scaler}
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.step, self.skipped_in_a_row = numbers["step"], numbers["skipped_in_a_row"]
+        if self.scaler is not None and numbers["scaler"]:
+            self.scaler.load_state_dict(numbers["scaler"])
+
+
+def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
+    """Attach the job's method to the base and set up its optimizer, at step 0."""
+    attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
+    return Job(
+        config=config,
+        data=data,
+        attached=attached,
+        optimizer=config.optimizer.build(attached.parameters()),
+        capacity=plan.micro_batch * config.max_seq_len if base.packable else 0,
+        scaler=torch.amp.GradScaler(plan.device) if plan.weights == "fp16" else None,
+    )

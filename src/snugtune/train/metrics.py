@@ -1,0 +1,73 @@
+"""What a step reports, and the file it is reported to."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from snugtune.errors import StorageError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step of one job. Step 0 is the state before training and carries an evaluation only."""
+
+    job: str
+    step: int  # from 1
+    total_steps: int
+    epoch: float  # passes over the data so far
+    loss: float | None = None  # mean over the step's label weights
+    tokens: int = 0  # non-padding tokens of the step
+    label_tokens: int = 0
+    lr: float | None = None
+    grad_norm: float | None = None  # before clipping
+    skipped: bool = False  # the gradient was not finite; nothing was updated
+    tokens_per_second: float | None = None
+    peak_memory: int = 0  # bytes, of the whole process (CPU) or device (CUDA)
+    eval_loss: float | None = None
+    eval_tokens: int | None = None  # label tokens evaluated
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a job and step. On resume it is cut back to where each job stands."""
+
+    def __init__(self, path: Path, resume_at: Mapping[str, int] | None = None):
+        self.path = path
+        kept = [] if resume_at is None or not path.exists() else _up_to(path, resume_at)
+        try:
+            path.write_text("".join(kept), encoding="utf-8")
+            self._stream = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+    def write(self, metrics: StepMetrics) -> None:
+        line = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None and v is not False}
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}; free space and run the same command again") from error
+
+    def sync(self) -> None:
+        """Make sure that what was written survives a crash of the machine."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, object]]:
+    """All complete lines of a metrics file."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+def _up_to(path: Path, resume_at: Mapping[str, int]) -> list[str]:
+    lines = _complete_lines(path)
+    return [line for line in lines if (entry := json.loads(line))["step"] <= resume_at.get(entry["job"], -1)]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """A kill can leave half a last line; it is not counted."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,173 @@
+"""The trainer: one step of all due jobs on one base, as a story.
+
+Due jobs give their chunks; each job's loss size is known before any forward; chunks go in batches through the base under
+their routing; each job's loss is a sum over its chunks divided once by its own size; then every job clips its own norm,
+is skipped alone if that is not finite, and steps its own optimizer.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from snugtune.data.pack import MIN_ROWS, collate
+from snugtune.errors import DivergedError
+from snugtune.model.base import Base
+from snugtune.train.job import Job
+from snugtune.train.metrics import StepMetrics
+from snugtune.train.schedule import schedule
+from snugtune.types import Chunk, Plan
+
+MAX_SKIPS = 10
+"""Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
+
+
+class Watch(Protocol):
+    """What the trainer is told about memory."""
+
+    def peak(self) -> int:
+        """Highest use so far, in bytes."""
+        ...
+
+
+class StopRequestedError(Exception):
+    """The user asked to stop in the middle of a step; that step did not happen."""
+
+
+class Trainer:
+    """Trains 1..N jobs on one base. Jobs may come and go between steps."""
+
+    def __init__(self, base: Base, plan: Plan, watch: Watch, stop_requested: Callable[[], bool] = lambda: False):
+        self.base = base
+        self.plan = plan
+        self.watch = watch
+        self.stop_requested = stop_requested
+        self.jobs: dict[str, Job] = {}
+        self.fused_tokens = 0  # capacity of a batch that several jobs share; 0: one chunk at a time
+        base.configure(recompute=plan.recompute == "blocks", head_rows=plan.head_rows)
+
+    def add(self, job: Job) -> None:
+        """Let `job` take part from the next step on. Its name must be new."""
+        assert job.name not in self.jobs
+        self.jobs[job.name] = job
+
+    def remove(self, name: str) -> Job:
+        """Take a job out; the base forgets it."""
+        job = self.jobs.pop(name)
+        job.attached.detach()
+        return job
+
+    def step(self) -> list[StepMetrics]:
+        """One optimizer step of every unfinished job. Raises `StopRequestedError` before anything was updated."""
+        due = [job for job in self.jobs.values() if not job.finished]
+        queues = {job.name: job.chunks() for job in due}
+        started = time.perf_counter()
+        for job in due:
+            job.attached.zero_grad()
+        losses = self.forward_backward(queues)
+        norms = self.optim_step([job.name for job in due])
+        elapsed = time.perf_counter() - started
+        total_tokens = sum(len(c.tokens) for q in queues.values() for c in q)
+        return [self._report(job, queues[job.name], losses[job.name], norms[job.name], total_tokens / elapsed) for job in due]
+
+    def forward_backward(self, queues: Mapping[str, Sequence[Chunk]]) -> dict[str, Tensor]:
+        """Accumulate the gradients of one step's chunks, given per job. Returns each job's loss (no host sync).
+
+        The chunks of a job must be all of its step: its loss is divided by their common size.
+        """
+        sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
+        losses = {name: torch.zeros((), device=self.base.device) for name in queues}
+        self.base.model.train()
+        for chunks in schedule((list(q) for q in queues.values()), self.fused_tokens):
+            if self.stop_requested():
+                raise StopRequestedError
+            batch = collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
+            with self.base.routed(batch):  # spans backward: recompute runs there
+                total = torch.zeros((), device=self.base.device)
+                for chunk, loss in self._losses(chunks, batch):
+                    mean = loss / sizes[chunk.job]
+                    losses[chunk.job] += mean.detach()
+                    scaler = self.jobs[chunk.job].scaler
+                    total = total + (mean if scaler is None else scaler.scale(mean))
+                total.backward()
+        return losses
+
+    def optim_step(self, names: Iterable[str]) -> dict[str, float]:
+        """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped."""
+        return {name: self._optim_step(self.jobs[name]) for name in names}
+
+    def evaluate(self, job: Job) -> tuple[float, int] | None:
+        """(mean loss, label tokens) over the job's held-out examples; None without any, or when asked to stop."""
+        chunks = job.evaluation_chunks()
+        if not chunks:
+            return None
+        total, size = 0.0, sum(job.objective.size(c) for c in chunks)
+        training = self.base.model.training
+        self.base.model.eval()
+        with torch.no_grad():
+            for chunk in chunks:
+                if self.stop_requested():
+                    raise StopRequestedError
+                batch = collate([chunk], MIN_ROWS if self.base.packable else 0, self.base.device)
+                with self.base.routed(batch):
+                    total += sum(float(loss) for _, loss in self._losses([chunk], batch))
+        self.base.model.train(training)
+        return total / size, sum(len(c.rows) for c in chunks)
+
+    def _losses(self, chunks: Sequence[Chunk], batch) -> Iterable[tuple[Chunk, Tensor]]:  # noqa: ANN001
+        """Each chunk's undivided loss, from one forward of their batch."""
+        hidden = self.base.hidden(batch)
+        for chunk, segment in zip(chunks, batch.segments, strict=True):
+            states = hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))
+            yield chunk, self.jobs[chunk.job].objective.loss(self.base.head.for_segment(segment), states, chunk)
+
+    def _optim_step(self, job: Job) -> float:
+        for group in job.optimizer.param_groups:
+            group["lr"] = job.lr()
+        if job.scaler is not None:
+            job.scaler.unscale_(job.optimizer)
+        limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(job.attached.parameters(), limit))
+        finite = math.isfinite(norm)
+        if job.scaler is not None:
+            job.scaler.step(job.optimizer)  # skips by itself when a gradient is not finite
+            job.scaler.update()
+        elif finite:
+            job.optimizer.step()
+        job.attached.publish()
+        job.step += 1
+        job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
+        if job.skipped_in_a_row >= MAX_SKIPS:
+            raise DivergedError(
+                f"job '{job.name}': {MAX_SKIPS} steps in a row had no finite gradient (step {job.step}); "
+                "lower optimizer.lr, lengthen schedule.warmup, or look for broken examples"
+            )
+        return norm
+
+    def _report(self, job: Job, chunks: Sequence[Chunk], loss: Tensor, norm: float, speed: float) -> StepMetrics:
+        finite = math.isfinite(norm)
+        evaluation = self.evaluate(job) if self._evaluation_due(job) else None
+        return StepMetrics(
+            job=job.name,
+            step=job.step,
+            total_steps=job.total,
+            epoch=round(job.epoch, 4),
+            loss=float(loss),
+            tokens=sum(len(c.tokens) for c in chunks),
+            label_tokens=sum(len(c.rows) for c in chunks),
+            lr=float(job.optimizer.param_groups[0]["lr"]),
+            grad_norm=norm if finite else None,
+            skipped=not finite,
+            tokens_per_second=round(speed, 2),
+            peak_memory=self.watch.peak(),
+            eval_loss=None if evaluation is None else evaluation[0],
+            eval_tokens=None if evaluation is None else evaluation[1],
+        )
+
+    @staticmethod
+    def _evaluation_due(job: Job) -> bool:
+        every = job.config.eval_every
+        return job.finished or (every is not None and job.step % every == 0)

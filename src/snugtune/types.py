@@ -1,0 +1,70 @@
+"""What flows between the layers: frozen dataclasses, nothing that computes.
+
+Shapes: T tokens of a row, n scored positions ("rows"), L tokens of one sequence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from torch import Tensor
+
+Width = Literal["fp32", "bf16", "fp16"]
+Recompute = Literal["none", "blocks"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised training sequence."""
+
+    tokens: Tensor  # int64 [L]
+    weights: Tensor  # float32 [L]; weight of token i as a target, 0 for context; weights[0] is always 0
+    source: str  # "file:line", for messages
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One job's atom of work: whole sequences of one optimizer step. Never split, merged or reordered."""
+
+    job: str
+    step: int
+    index: int
+    seed: int  # a pure function of (job seed, step, index); every random draw of the chunk derives from it
+    tokens: Tensor  # int64 [T]
+    lengths: tuple[int, ...]  # per sequence, host values; sums to T
+    rows: Tensor  # int64 [n], positions in `tokens` whose next token is scored
+    targets: Tensor  # int64 [n], those next tokens
+    weights: Tensor  # float32 [n], loss weights
+    extra: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The contiguous part of a batch that belongs to one chunk. `slice(None)` covers whatever passes."""
+
+    job: str
+    tokens: slice  # of the batch's T tokens
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chunks laid side by side in one padding-free row."""
+
+    input_ids: Tensor  # int64 [1, T]
+    position_ids: Tensor  # int64 [1, T], restarting at each sequence
+    lengths: tuple[int, ...]  # per sequence
+    segments: tuple[Segment, ...]  # the routing; a filler sequence at the end belongs to nobody
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The knobs a run was given. None of them changes what is learned, only what it costs."""
+
+    device: str  # "cpu" | "cuda"
+    weights: Width
+    micro_batch: int  # a chunk holds at most micro_batch * max_seq_len tokens
+    recompute: Recompute
+    head_rows: int  # rows of logits alive at once
+    threads: int  # intra-op threads; another count changes the last bits
