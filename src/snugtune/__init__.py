@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snugtune.config import RunConfig
-    from snugtune.run import RunResult, Tuned
+    from snugtune.run import RunResult
+    from snugtune.tuned import Tuned
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
@@ -38,6 +39,6 @@ def load(run: str | Path, adapter: str | None = None) -> Tuned:
 
     `adapter` picks a job of a run that trained several. Raises `snugtune.errors.InputError` for anything else.
     """
-    from snugtune.run import load as run_load
+    from snugtune.tuned import load as load_tuned
 
-    return run_load(Path(run), adapter)
+    return load_tuned(Path(run), adapter)

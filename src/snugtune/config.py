@@ -59,20 +59,24 @@ class JobFields(Config):
     }
 
     data: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(
-        (), description="training data: a path, {path, format}, or a list of these"
+        default=(), description="training data: a path, {path, format}, or a list of these"
     )
-    max_seq_len: int = Field(1024, ge=2, description="longest training sequence, in tokens; longer examples are cut")
-    method: Annotated[MethodConfig, _typed("lora")] = Field(LoraConfig(), description="how the base is tuned")
-    objective: Annotated[ObjectiveConfig, _typed("sft")] = Field(SftConfig(), description="what is minimised")
-    batch_size: int = Field(16, ge=1, description="examples per optimizer step, whatever the micro-batch")
-    epochs: float | None = Field(None, gt=0, description="passes over the data (default 1, unless steps is given)")
-    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    validation: float | str | None = Field(None, description="fraction of the data to hold out, or the path of a file")
-    eval_every: int | None = Field(None, ge=1, description="optimizer steps between evaluations (default: only at start and end)")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the job's gradient to this norm; null: never")
-    seed: int = Field(0, ge=0, description="seeds the order, the split, the initial adapter and dropout")
-    optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(AdamWConfig(), description="the optimizer")
-    schedule: Annotated[ScheduleConfig, _typed("constant")] = Field(ConstantConfig(), description="the learning rate over time")
+    max_seq_len: int = Field(default=1024, ge=2, description="longest training sequence, in tokens; longer examples are cut")
+    method: Annotated[MethodConfig, _typed("lora")] = Field(default=LoraConfig(), description="how the base is tuned")
+    objective: Annotated[ObjectiveConfig, _typed("sft")] = Field(default=SftConfig(), description="what is minimised")
+    batch_size: int = Field(default=16, ge=1, description="examples per optimizer step, whatever the micro-batch")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the data (default 1, unless steps is given)")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
+    validation: float | str | None = Field(default=None, description="fraction of the data to hold out, or the path of a file")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between evaluations (default: only at start and end)"
+    )
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the job's gradient to this norm; null: never")
+    seed: int = Field(default=0, ge=0, description="seeds the order, the split, the initial adapter and dropout")
+    optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(default=AdamWConfig(), description="the optimizer")
+    schedule: Annotated[ScheduleConfig, _typed("constant")] = Field(
+        default=ConstantConfig(), description="the learning rate over time"
+    )
 
     @field_validator("validation")
     @classmethod
@@ -91,7 +95,9 @@ class JobFields(Config):
 class JobConfig(JobFields):
     """One job, complete."""
 
-    name: str = Field(DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, '.', '_', '-'")
+    name: str = Field(
+        default=DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, '.', '_', '-'"
+    )
 
     @model_validator(mode="after")
     def _has_data(self) -> "JobConfig":
@@ -103,9 +109,11 @@ class JobConfig(JobFields):
 class PlanConfig(Config):
     """Pins for the planner's knobs. `auto` leaves the choice to it."""
 
-    weights: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="number format of the base")
-    micro_batch: int | Literal["auto"] = Field("auto", description="a forward holds at most micro_batch x max_seq_len tokens of a job")
-    recompute: Literal["auto", "none", "blocks"] = Field("auto", description="blocks: recompute each block's activations in backward")
+    weights: Literal["auto", "fp32", "bf16", "fp16"] = Field(default="auto", description="number format of the base")
+    micro_batch: int | Literal["auto"] = Field(
+        default="auto", description="a forward holds at most micro_batch x max_seq_len tokens"
+    )
+    recompute: Literal["auto", "none", "blocks"] = Field(default="auto", description="blocks: recompute activations in backward")
 
     @field_validator("micro_batch")
     @classmethod
@@ -120,12 +128,12 @@ class RunConfig(JobFields):
 
     model: str = Field(min_length=1, description="hub id, local folder, .gguf file, or 'demo'")
     output: str = Field(min_length=1, description="folder of the run's results")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
-    checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints (default: a tenth of the run)")
-    keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints to keep")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; only for sources you trust")
-    plan: PlanConfig = Field(PlanConfig(), description="pins for the planner's knobs")
-    jobs: tuple[dict[str, Any], ...] = Field((), description="jobs sharing the base; each overrides the fields above")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train")
+    checkpoint_every: int | None = Field(default=None, ge=1, description="optimizer steps between checkpoints (default: a tenth)")
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints to keep")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model; only for sources you trust")
+    plan: PlanConfig = Field(default=PlanConfig(), description="pins for the planner's knobs")
+    jobs: tuple[dict[str, Any], ...] = Field(default=(), description="jobs sharing the base; each overrides the fields above")
 
     @model_validator(mode="after")
     def _jobs_are_sound(self) -> "RunConfig":
@@ -136,7 +144,7 @@ class RunConfig(JobFields):
             raise ValueError(f"jobs: the name '{repeated[0]}' is given twice")
         for job in jobs:
             if len(jobs) > 1 and not METHODS[type(job.method)].routable:
-                raise ValueError(f"jobs: '{job.name}' uses method '{job.method.type}', which cannot share a base; give it its own run")
+                raise ValueError(f"jobs: '{job.name}' uses method '{job.method.type}', which cannot share a base")
         return self
 
     def resolved_jobs(self) -> tuple[JobConfig, ...]:

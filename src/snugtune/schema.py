@@ -22,5 +22,7 @@ class Config(BaseModel):
             if key not in cls.model_fields:
                 known = {name: name for name in cls.model_fields} | cls.elsewhere
                 near = known[difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]]
-                raise PydanticCustomError("unknown_field", "unknown field '{key}'; did you mean '{near}'?", {"key": key, "near": near})
+                raise PydanticCustomError(
+                    "unknown_field", "unknown field '{key}'; did you mean '{near}'?", {"key": key, "near": near}
+                )
         return values

@@ -66,7 +66,9 @@ class Renderer:
             text = self.template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
         except TemplateError as error:
             raise InputError(f"model: its chat template cannot render a question and an answer: {error}") from error
-        tail = self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
+        tail = (
+            self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
+        )
         special = [t for t in tail if t in set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)]
         return special[0] if special else self.tokenizer.eos_token_id
 
@@ -113,7 +115,9 @@ def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_le
             drops.add(f"examples the chat template refuses ({error})", conversation.source)
             continue
         if len(pieces) > 1:
-            drops.add("conversations split into one example per answer, since the template rewrites earlier turns", conversation.source)
+            drops.add(
+                "conversations split into one example per answer, since the template rewrites earlier turns", conversation.source
+            )
         for piece in pieces:
             example = _to_example(*renderer.tokenize(piece), conversation.source, max_seq_len, drops)
             if example is not None:

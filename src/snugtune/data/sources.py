@@ -26,7 +26,9 @@ class SourceConfig(Config):
     """One data file."""
 
     path: str = Field(description="a .json or .jsonl file, relative to the working directory")
-    format: Literal["auto", "alpaca", "sharegpt", "messages"] = Field("auto", description="the records' form; auto detects it")
+    format: Literal["auto", "alpaca", "sharegpt", "messages"] = Field(
+        default="auto", description="the records' form; auto detects it"
+    )
 
 
 @dataclass(frozen=True)

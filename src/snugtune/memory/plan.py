@@ -36,6 +36,19 @@ def make_plan(config: RunConfig) -> Planned:
     return Planned(plan, reasons)
 
 
+def plan_for_answers() -> Plan:
+    """The plan for loading a base to generate with: the best device, the number format native to it."""
+    device = _device("auto")
+    return Plan(
+        device,
+        _weights(PlanConfig(weights="auto", micro_batch="auto", recompute="auto"), device)[0],
+        1,
+        "none",
+        HEAD_ROWS,
+        torch.get_num_threads(),
+    )
+
+
 def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda was asked for, but torch finds no CUDA device here; use device: auto or cpu")
@@ -47,7 +60,7 @@ def _device(wanted: str) -> str:
 def _weights(pins: PlanConfig, device: str) -> tuple[Width, str]:
     if pins.weights == "fp16" and device == "cpu":
         raise InputError(
-            "plan.weights: fp16 is refused on CPU: its matrix products run 10 to 70 times slower there than bf16's; use bf16 or fp32"
+            "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
         )
     if pins.weights != "auto":
         return pins.weights, "as asked"

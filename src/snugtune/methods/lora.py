@@ -29,19 +29,24 @@ CONFIG_FILE = "adapter_config.json"
 STAMP_FILE = "snugtune.json"
 _PREFIX = "base_model.model."
 
+Factors = tuple[Tensor, Tensor, float]
+"""One site's A [r, in], B [out, r] and scale."""
+
 
 class LoraConfig(Config):
     """Train low-rank updates of the base's linears; the base stays as it is."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1, description="rank of the updates")
-    lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the update, while training")
+    r: int = Field(default=8, ge=1, description="rank of the updates")
+    lora_alpha: float = Field(default=16, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of the update, while training")
     target_modules: str | tuple[str, ...] = Field(
-        "all-linear", description="'all-linear', a list of module name endings, or a regular expression over full names"
+        default="all-linear", description="'all-linear', a list of module name endings, or a regular expression over full names"
     )
-    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
-    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field("default", description="initial values, as PEFT's")
+    use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field(
+        default="default", description="initial values, as PEFT's"
+    )
 
     def to_peft(self, targets: list[str] | None = None) -> PeftLoraConfig:
         """The same settings in PEFT's words; `targets` are module names or endings."""
@@ -59,8 +64,7 @@ class LoraConfig(Config):
 class LoraAttached:
     """One job's factors at its sites, in one flat fp32 buffer (one optimizer call a step)."""
 
-    def __init__(self, base: Base, job: str, config: PeftLoraConfig, factors: dict[str, tuple[Tensor, Tensor, float]]):
-        """`factors`: site name -> (A [r, in], B [out, r], scale)."""
+    def __init__(self, base: Base, job: str, config: PeftLoraConfig, factors: dict[str, Factors]):
         self.base, self.job, self.config = base, job, config
         total = sum(a.numel() + b.numel() for a, b, _ in factors.values())
         self.flat = nn.Parameter(torch.empty(total, dtype=torch.float32, device=base.device))
@@ -137,14 +141,14 @@ class Lora:
     def load(self, base: Base, job: str, folder: Path) -> LoraAttached:
         """The factors of a PEFT adapter folder. Refuses another base's, unknown keys and features LoRA here lacks."""
         config, tensors = _read_adapter(folder)
-        _check_stamp(folder, base)
+        check_stamp(folder, base.fingerprint, base.name)
         base.freeze()
         names = sorted({k.removeprefix(_PREFIX).rpartition(".lora_")[0] for k in tensors}, key=_order(base))
         if not names:
             raise InputError(f"{folder / WEIGHTS_FILE} holds no LoRA weights")
         unknown = [n for n in names if n not in base.linear_names]
         if unknown:
-            raise InputError(f"{folder}: the base '{base.name}' has no linear '{unknown[0]}' (and {len(unknown) - 1} more); wrong base?")
+            raise InputError(f"{folder}: '{base.name}' has no linear '{unknown[0]}' ({len(unknown)} such names); wrong base?")
         return LoraAttached(base, job, config, {n: _matched(folder, base, n, config, tensors) for n in names})
 
 
@@ -178,14 +182,14 @@ def _shortest(names: tuple[str, ...], linears: tuple[str, ...]) -> list[str]:
     return endings if set(meant) == set(names) else list(names)
 
 
-def _initial(base: Base, name: str, config: PeftLoraConfig) -> tuple[Tensor, Tensor, float]:
+def _initial(base: Base, name: str, config: PeftLoraConfig) -> Factors:
     """A, B and scale as PEFT makes them, from a throwaway PEFT layer over a weightless fp32 linear."""
     site = base.model.get_submodule(name)
     assert isinstance(site.in_features, int) and isinstance(site.out_features, int)
     stub = nn.Linear(site.in_features, site.out_features, bias=False, device="meta")
     stub.weight = nn.Parameter(torch.zeros(1).expand(site.out_features, site.in_features), requires_grad=False)
     layer = PeftLinear(stub, "default", config, r=config.r, lora_alpha=config.lora_alpha)  # pyright: ignore[reportCallIssue]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # pyright: ignore[reportArgumentType]
+    a, b = (half.get_parameter("default.weight") for half in (layer.lora_A, layer.lora_B))
     return a.detach(), b.detach(), float(layer.scaling["default"])
 
 
@@ -211,21 +215,31 @@ def _read_adapter(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _check_stamp(folder: Path, base: Base) -> None:
+def check_stamp(folder: Path, fingerprint: str, name: str) -> None:
+    """Refuse an adapter that says it was trained on other weights. One without a stamp is judged by its shapes alone."""
     stamp = folder / STAMP_FILE
     if not stamp.is_file():
         return
     made_for = json.loads(stamp.read_text(encoding="utf-8"))
-    if made_for["base_fingerprint"] != base.fingerprint:
-        raise InputError(f"{folder}: this adapter was trained on other weights ('{made_for['base']}') than '{base.name}'")
+    if made_for["base_fingerprint"] != fingerprint:
+        raise InputError(f"{folder}: this adapter was trained on other weights ('{made_for['base']}') than '{name}'")
 
 
-def _matched(folder: Path, base: Base, name: str, config: PeftLoraConfig, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+def _matched(
+    folder: Path, base: Base, name: str, config: PeftLoraConfig, tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, float]:
     a, b = (tensors.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
     layer = base.model.get_submodule(name)
-    if a is None or b is None or a.shape[1:] != (layer.in_features,) or b.shape[:1] != (layer.out_features,) or len(a) != b.shape[1]:
+    if (
+        a is None
+        or b is None
+        or a.shape[1:] != (layer.in_features,)
+        or b.shape[:1] != (layer.out_features,)
+        or len(a) != b.shape[1]
+    ):
         raise InputError(f"{folder}: the weights for '{name}' do not fit '{base.name}'; wrong base?")
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
     scale = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
     return a, b, float(scale)
 

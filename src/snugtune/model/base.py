@@ -45,8 +45,8 @@ class Base:
         self.router = Router()
         self.sites: dict[str, RoutedLinear] = {}
         self.frozen = False
-        self.native_attention = model.config._attn_implementation
-        self.fingerprint = _fingerprint(model)
+        self.native_attention = str(model.config._attn_implementation)
+        self.fingerprint = fingerprint(model)
         self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
         self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
         self.moe = _count_experts(model) is not None
@@ -113,9 +113,9 @@ class Base:
         if recompute:
             if not self.model.supports_gradient_checkpointing:
                 raise InputError(f"plan.recompute: '{self.name}' does not support recomputing its blocks; set it to none")
-            self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Base:
     def answering(self, job: str | None) -> Iterator[None]:
         """Inside the block the model is ready to generate: its native attention, no dropout, `job`'s adapter on all rows."""
         segments = () if job is None else (Segment(job, slice(None), 0),)
-        training, packed = self.model.training, self.model.config._attn_implementation
+        training, packed = self.model.training, str(self.model.config._attn_implementation)
         self.model.eval()
         self.model.set_attn_implementation(self.native_attention)
         try:
@@ -245,7 +245,7 @@ def _relative(ours: Tensor, truth: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A hash of names, shapes and a sample of every weight in bf16, so that it does not depend on the loading dtype."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -67,7 +67,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.layer.matmul_t(grads[0]), None
 
 
@@ -84,4 +84,4 @@ def freeze_linears(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if FrozenLinear.takes(child):
-                setattr(parent, name, FrozenLinear.of(child))
+                setattr(parent, name, FrozenLinear.of(child))  # pyright: ignore[reportArgumentType]

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snugtune"
 
 
-def converted(file: Path) -> tuple[Path, tuple[str, ...]]:
+def converted(file: Path, say: Callable[[str], None]) -> tuple[Path, tuple[str, ...]]:
     """The transformers folder made from `file` and what to say about it; converts on the first use."""
     stat = file.stat()
     key = f"{FORMAT}:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     target = cache_dir() / "gguf" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (target / "config.json").is_file():
         _check_header(file)
+        say(f"unpacking {file.name} (once; kept in {target.parent})")
         command = [sys.executable, "-m", "snugtune.model.gguf", str(file), str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -131,7 +131,7 @@ class _FrozenNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dh, ctx.dh = ctx.dh, None
         # In fp32: 1 / (step size) rounded to bf16 would scale every gradient by up to 0.4 %.
         return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None

@@ -36,7 +36,7 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfi
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model: cannot load '{source.name}': {_first_line(error)}") from error
     if config.is_encoder_decoder:
-        raise InputError(f"model: '{source.name}' ({config.model_type}) is an encoder-decoder; snugtune trains decoder-only models")
+        raise InputError(f"model: '{source.name}' ({config.model_type}) is an encoder-decoder, not a decoder-only model")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
         raise InputError(f"model: '{source.name}' ({config.model_type}) is not a causal language model")
@@ -66,7 +66,7 @@ def load_model(
     """The model with its dropouts off, in `width` on `device`, from safetensors alone. Refuses missing weights."""
     notes = _silence_dropouts(config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source.location,
             config=config,
             dtype=DTYPES[width],

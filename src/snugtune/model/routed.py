@@ -105,7 +105,7 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,), dy = ctx.saved_tensors, grads[0]
         dx = ctx.frozen.matmul_t(dy) if ctx.needs_input_grad[0] else None
         factor_grads: list[Tensor] = []

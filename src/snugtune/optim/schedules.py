@@ -9,7 +9,9 @@ from snugtune.schema import Config
 
 
 class _Schedule(Config):
-    warmup: float = Field(0.0, ge=0, description="linear warm-up: below 1 a fraction of all steps, else a number of steps")
+    warmup: float = Field(
+        default=0.0, ge=0, description="linear warm-up: below 1 a fraction of all steps, else a number of steps"
+    )
 
 
 class ConstantConfig(_Schedule):

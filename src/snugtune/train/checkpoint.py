@@ -63,9 +63,11 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
     try:
         state = json.loads((folders[-1] / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folders[-1]}: cannot be read as a checkpoint ({error}); delete it to go on from the one before") from error
+        raise InputError(
+            f"{folders[-1]}: cannot be read as a checkpoint ({error}); delete it to go on from the one before"
+        ) from error
     if state["format"] != FORMAT:
-        raise InputError(f"{folders[-1]}: written by another version of snugtune (format {state['format']}, this one reads {FORMAT})")
+        raise InputError(f"{folders[-1]}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
     return Checkpoint(folders[-1], state["step"], Plan(**state["plan"]), state["jobs"])
 
 

@@ -14,15 +14,8 @@ from snugtune.methods import METHODS, Attached
 from snugtune.model.base import Base
 from snugtune.objectives import OBJECTIVES
 from snugtune.optim import learning_rate
-from snugtune.types import Chunk, Example, Plan
-
-
-@dataclass(frozen=True)
-class JobData:
-    """A job's tokenised examples."""
-
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...] = ()
+from snugtune.train.examples import JobData
+from snugtune.types import Chunk, Plan
 
 
 @dataclass

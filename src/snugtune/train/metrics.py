@@ -48,7 +48,7 @@ class MetricsFile:
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
         except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}; free space and run the same command again") from error
+            raise StorageError(f"cannot write {self.path}: {error.strerror}; free space and run again") from error
 
     def sync(self) -> None:
         """Make sure that what was written survives a crash of the machine."""

@@ -19,7 +19,7 @@ from snugtune.model.base import Base
 from snugtune.train.job import Job
 from snugtune.train.metrics import StepMetrics
 from snugtune.train.schedule import schedule
-from snugtune.types import Chunk, Plan
+from snugtune.types import Batch, Chunk, Plan
 
 MAX_SKIPS = 10
 """Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
@@ -117,7 +117,7 @@ class Trainer:
         self.base.model.train(training)
         return total / size, sum(len(c.rows) for c in chunks)
 
-    def _losses(self, chunks: Sequence[Chunk], batch) -> Iterable[tuple[Chunk, Tensor]]:  # noqa: ANN001
+    def _losses(self, chunks: Sequence[Chunk], batch: Batch) -> Iterable[tuple[Chunk, Tensor]]:
         """Each chunk's undivided loss, from one forward of their batch."""
         hidden = self.base.hidden(batch)
         for chunk, segment in zip(chunks, batch.segments, strict=True):

@@ -1,0 +1,44 @@
+"""The adapter worked into the base: a plain transformers model folder. The merging itself is PEFT's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from snugtune.data.render import Renderer
+from snugtune.errors import InputError
+from snugtune.files import whole_folder
+from snugtune.folder import locate
+from snugtune.methods.lora import check_stamp
+from snugtune.model.base import fingerprint
+from snugtune.model.load import DTYPES, load_config, load_tokenizer
+from snugtune.model.source import find_model
+
+
+def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | None, say: Callable[[str], None]) -> None:
+    """Merge in fp32 and write in `dtype` (default: the base's own). Raises `InputError`, `StorageError`."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: unknown; valid: {', '.join(DTYPES)}")
+    found = locate(run, adapter)
+    if found.adapter is None:
+        raise InputError(f"{run} tuned the whole model; {found.model} is a model folder already")
+    source = find_model(found.model, say)
+    config = load_config(source, found.trust_remote_code)
+    kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
+    model = AutoModelForCausalLM.from_pretrained(
+        source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=found.trust_remote_code
+    )
+    check_stamp(found.adapter, fingerprint(model), source.name)
+    say("merging the adapter into the base")
+    merged = PeftModel.from_pretrained(model, str(found.adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    merged.to(kept)
+    tokenizer, _ = load_tokenizer(source, found.trust_remote_code)
+    stops = Renderer(tokenizer).stop_ids
+    merged.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id
+    )
+    with whole_folder(target) as made:
+        merged.save_pretrained(made)
+        tokenizer.save_pretrained(made)

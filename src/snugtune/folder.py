@@ -1,0 +1,106 @@
+"""The layout of a run's output folder, and what it says about its state."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from snugtune.config import JobConfig, RunConfig, read_config
+from snugtune.errors import InputError
+from snugtune.files import write_whole
+from snugtune.memory.plan import Planned
+from snugtune.methods import METHODS
+from snugtune.methods.lora import CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.yaml`, `plan.json`, `metrics.jsonl`, `checkpoints/`, and an adapter or model folder for each finished job."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def artefact(self, job: JobConfig) -> Path:
+        """Where the finished adapter (or model) of a job goes."""
+        return self.path / METHODS[type(job.method)].artefacts / job.name
+
+    def finished(self, jobs: Sequence[JobConfig]) -> bool:
+        """Whether every job has its artefact (they appear whole, after the last step) and the run was closed."""
+        return all(self.artefact(job).is_dir() for job in jobs) and self.read_plan().get("measured_peak_bytes") is not None
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that is something else, or a run of another config."""
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output: {path} is a file; give a folder")
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not parent.is_dir():
+            raise InputError(f"output: {parent} is a file, so {path} cannot be made")
+        if not path.is_dir() or not any(path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise InputError(f"output: {path} is not empty and holds no run; give a new folder")
+        before, now = self.config.read_text(encoding="utf-8"), config.to_yaml()
+        if before != now:
+            diff = difflib.unified_diff(before.splitlines(), now.splitlines(), n=0, lineterm="")
+            changes = [d for d in diff if not d.startswith(("---", "+++", "@@"))]
+            raise InputError(f"output: {path} holds a run of another config; give a new folder or undo: {' | '.join(changes)}")
+
+    def read_plan(self) -> dict[str, Any]:
+        """`plan.json`, empty when there is none yet."""
+        return json.loads(self.plan.read_text(encoding="utf-8")) if self.plan.is_file() else {}
+
+    def write_plan(self, planned: Planned, peak: int | None) -> None:
+        """`peak`: measured, in bytes; None while the run goes on."""
+        content = {"plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
+        write_whole(self.plan, json.dumps(content, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a run or adapter folder refers to: a model, and the adapter on it (None: the model itself was tuned)."""
+
+    model: str
+    adapter: Path | None
+    trust_remote_code: bool = False
+
+
+def locate(path: Path, adapter: str | None = None) -> Located:
+    """Find what `path` (a run or PEFT adapter folder) holds; `adapter` picks a job of several. Raises `InputError`."""
+    if (path / CONFIG_FILE).is_file():
+        name = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not name:
+            raise InputError(f"{path / CONFIG_FILE}: names no base model")
+        return Located(name, path)
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path} is neither a run folder (no config.yaml) nor an adapter folder (no {CONFIG_FILE})")
+    config, folder = read_config(path / "config.yaml"), RunFolder(path)
+    jobs = {job.name: job for job in config.resolved_jobs()}
+    if adapter is None and len(jobs) > 1:
+        raise InputError(f"{path} holds several adapters; pick one with --adapter: {', '.join(jobs)}")
+    name = adapter or next(iter(jobs))
+    if name not in jobs:
+        raise InputError(f"{path} has no adapter '{name}'; it has {', '.join(jobs)}")
+    artefact = folder.artefact(jobs[name])
+    if not artefact.is_dir():
+        raise InputError(f"{path}: job '{name}' is not finished; the same 'snugtune train' command goes on with it")
+    if METHODS[type(jobs[name].method)].routable:
+        return Located(config.model, artefact, config.trust_remote_code)
+    return Located(str(artefact), None, config.trust_remote_code)

@@ -1,0 +1,55 @@
+"""What a run trained, ready to answer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from snugtune.data.render import Renderer
+from snugtune.folder import locate
+from snugtune.memory.plan import plan_for_answers
+from snugtune.methods.lora import Lora
+from snugtune.model.base import Base, load_base
+from snugtune.model.generate import Sampling, generate
+from snugtune.model.source import Say, find_model, mute
+
+Conversation = str | Sequence[Mapping[str, str]]
+"""A question, or messages of {role, content}."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base with one adapter (or fully tuned), ready to answer."""
+
+    base: Base
+    job: str | None  # None: the base's own weights were tuned
+    renderer: Renderer
+
+    def reply(
+        self,
+        conversation: Conversation,
+        sampling: Sampling | None = None,
+        on_text: Callable[[str], None] | None = None,
+        **how: Any,
+    ) -> str:
+        """Answer a question, or a conversation of {role, content}. `how` sets fields of `Sampling`."""
+        return self.replies([conversation], replace(sampling or Sampling(), **how), on_text)[0]
+
+    def replies(
+        self, conversations: Sequence[Conversation], sampling: Sampling, on_text: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """Answer several conversations together."""
+        asked = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations]
+        prompts = [self.renderer.template(messages, for_answer=True) for messages in asked]
+        return generate(self.base, self.job, prompts, self.renderer.stop_ids, sampling, on_text)
+
+
+def load(path: Path, adapter: str | None = None, say: Say = mute) -> Tuned:
+    """Load a run folder (`adapter` picks a job) or a PEFT adapter folder. Raises `InputError`."""
+    found = locate(path, adapter)
+    base = load_base(find_model(found.model, say), plan_for_answers(), found.trust_remote_code)
+    job = None
+    if found.adapter is not None:
+        job = found.adapter.name
+        Lora().load(base, job, found.adapter)
+    return Tuned(base, job, Renderer(base.tokenizer))
