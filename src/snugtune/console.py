@@ -22,12 +22,10 @@ def quiet_libraries() -> None:
     """Let transformers and its kin speak only of errors; what matters of their warnings we say ourselves."""
     import warnings
 
-    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    disable_progress_bars("huggingface_hub.hf_api")
     warnings.filterwarnings("ignore", module="(transformers|torch|peft)")
 
 
@@ -98,17 +96,19 @@ class Console:
     def results(self, result: RunResult) -> None:
         """A table of the jobs and where everything lies."""
         table = Table(box=None, pad_edge=False)
-        for column in ("job", "steps", "loss", "held-out loss", "lies in"):
+        for column in ("job", "steps", "loss", "held-out loss"):
             table.add_column(column)
-        for job, folder in result.artefacts.items():
+        for job in result.artefacts:
             lines = [m for m in result.metrics if m["job"] == job]
             losses = [m["loss"] for m in lines if "loss" in m]
             held = [m["eval_loss"] for m in lines if "eval_loss" in m]
-            table.add_row(job, str(lines[-1]["step"]), arrow(losses), arrow(held), str(folder))
-        self.out.print(table, soft_wrap=True)
+            table.add_row(job, str(lines[-1]["step"]), arrow(losses), arrow(held))
+        self.out.print(table)
         peak = f"; peak memory {gib(result.peak_bytes)}" if result.peak_bytes else ""
         took = f"trained in {result.seconds:.0f} s{peak}; " if not result.already_finished else ""
-        self.say(f"{took}metrics: {result.folder / 'metrics.jsonl'}")
+        self.say(f"{took}metrics in {result.folder / 'metrics.jsonl'}")
+        for folder in result.artefacts.values():
+            self.say(str(folder))
 
 
 def step_facts(metrics: StepMetrics) -> str:

@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 
 from snugtune.errors import StorageError
 
+_UNFINISHED = ".part-"
+"""What the names of files and folders begin with until they are whole."""
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
@@ -22,7 +25,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     made: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_UNFINISHED}{target.name}-"))
         yield made
         for file in made.rglob("*"):
             _sync(file)
@@ -38,18 +41,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Delete what a killed process was writing into `parent` through `whole_folder` or `write_whole`."""
-    for path in parent.glob(".*"):
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process was still writing anywhere below `folder`."""
+    for path in list(folder.rglob(f"{_UNFINISHED}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.suffix == ".part":
+        else:
             path.unlink(missing_ok=True)
 
 
 def write_whole(target: Path, text: str) -> None:
     """Write one text file, all or nothing. Raises `StorageError`."""
-    made = target.with_name(f".{target.name}.part")
+    made = target.with_name(f"{_UNFINISHED}{target.name}")
     try:
         made.write_text(text, encoding="utf-8")
         _sync(made)

@@ -73,17 +73,28 @@ class Session:
     trainer: Trainer
     step: int = 0  # of the run; every unfinished job takes one step in each
     finished: list[Job] = field(default_factory=list)
+    pending: list[StepMetrics] = field(default_factory=list)  # steps done, not yet evaluated and reported
+    saved: int = -1  # the step of the newest checkpoint
 
     @property
     def checkpoint_every(self) -> int:
-        jobs = [*self.trainer.jobs.values(), *self.finished]
-        return self.config.checkpoint_every or max(1, -(-max(j.total for j in jobs) // AUTO_CHECKPOINTS))
+        return self.config.checkpoint_every or max(1, -(-max(j.total for j in self.all_jobs) // AUTO_CHECKPOINTS))
+
+    @property
+    def all_jobs(self) -> list[Job]:
+        return [*self.trainer.jobs.values(), *self.finished]
 
     def save(self) -> None:
-        active = list(self.trainer.jobs.values())
-        save_checkpoint(
-            self.folder.checkpoints, self.step, self.planned.plan, active, self.finished, self.config.keep_checkpoints
-        )
+        """Write a checkpoint of the state after the last whole step, unless there is one."""
+        if self.step != self.saved:
+            root, keep = self.folder.checkpoints, self.config.keep_checkpoints
+            active = list(self.trainer.jobs.values())
+            save_checkpoint(root, self.step, self.planned.plan, active, self.finished, self.pending, keep)
+            self.saved = self.step
+
+    def reported(self) -> dict[str, int]:
+        """Job -> the last step whose metrics are final."""
+        return {job.name: job.step for job in self.all_jobs} | {m.job: m.step - 1 for m in self.pending}
 
 
 def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
@@ -98,10 +109,9 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         session = prepare(config, observer, stop)
         folder.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder.path)
-        remove_leftovers(folder.checkpoints)
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
-        log = MetricsFile(folder.metrics, {j.name: j.step for j in _all_jobs(session)} if session.step else None)
+        log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)
         observer.begin(list(session.trainer.jobs.values()))
         started = time.perf_counter()
         try:
@@ -144,40 +154,33 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
-    if checkpoint is not None:
+    if checkpoint is None:
+        session.pending = trainer.start_metrics()
+    else:
+        session.pending, session.saved = [StepMetrics(**fields) for fields in checkpoint.pending], checkpoint.step
         observer.note(f"resuming after step {checkpoint.step}")
     return session
 
 
 def _loop(session: Session, log: MetricsFile, observer: Observer) -> None:
     """Steps until every job is done; evaluations and checkpoints where they are due."""
-
-    def report(metrics: StepMetrics) -> None:
-        log.write(metrics)
-        observer.step(metrics)
-
     trainer = session.trainer
-    if session.step == 0:
-        for job in list(trainer.jobs.values()):
-            for metrics in _evaluated_before(trainer, job):
-                report(metrics)
-    while trainer.jobs:
-        for metrics in trainer.step():
-            report(metrics)
-        session.step += 1
+    while True:
+        while session.pending:
+            metrics = trainer.evaluated(session.pending[0])
+            log.write(metrics)
+            observer.step(metrics)
+            session.pending.pop(0)
         for job in [j for j in trainer.jobs.values() if j.finished]:
             save_artefact(session, job)
             session.finished.append(trainer.remove(job.name))
-        if session.step % session.checkpoint_every == 0 and trainer.jobs:
+        if not trainer.jobs:
+            return
+        if session.step and session.step % session.checkpoint_every == 0:
             log.sync()
             session.save()
-
-
-def _evaluated_before(trainer: Trainer, job: Job) -> Iterator[StepMetrics]:
-    evaluation = trainer.evaluate(job)
-    if evaluation is not None:
-        yield StepMetrics(job.name, 0, job.total, 0.0, eval_loss=evaluation[0], eval_tokens=evaluation[1],
-                          peak_memory=trainer.watch.peak())  # fmt: skip
+        session.pending = trainer.step()
+        session.step += 1
 
 
 def save_artefact(session: Session, job: Job) -> None:
@@ -204,10 +207,6 @@ def _planned_before(checkpoint: Checkpoint) -> Planned:
     if checkpoint.plan.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"{checkpoint.folder}: this run was started on cuda, which is not here; resume it where it began")
     return Planned(checkpoint.plan, ("as planned when the run began",))
-
-
-def _all_jobs(session: Session) -> list[Job]:
-    return [*session.trainer.jobs.values(), *session.finished]
 
 
 def _result(folder: RunFolder, jobs: Sequence[JobConfig], already_finished: bool = False, seconds: float = 0.0) -> RunResult:

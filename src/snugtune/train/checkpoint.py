@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from snugtune.errors import InputError
 from snugtune.files import whole_folder
 from snugtune.train.job import Job
+from snugtune.train.metrics import StepMetrics
 from snugtune.types import Plan
 
 FORMAT = 1
@@ -30,6 +31,7 @@ class Checkpoint:
     step: int  # of the run
     plan: Plan
     jobs: dict[str, dict[str, Any]]
+    pending: list[dict[str, Any]]  # metrics of steps whose evaluation was not done yet
 
     def restore(self, job: Job) -> None:
         """Bring a freshly started job to where it stood."""
@@ -40,7 +42,15 @@ class Checkpoint:
         job.load_state(tensors, self.jobs[job.name])
 
 
-def save_checkpoint(root: Path, step: int, plan: Plan, active: Sequence[Job], finished: Sequence[Job], keep: int) -> Path:
+def save_checkpoint(
+    root: Path,
+    step: int,
+    plan: Plan,
+    active: Sequence[Job],
+    finished: Sequence[Job],
+    pending: Sequence[StepMetrics],
+    keep: int,
+) -> Path:
     """Write the state after run step `step`, then delete all but the newest `keep`. Raises `StorageError`."""
     target = root / f"step-{step:08d}"
     with whole_folder(target) as made:
@@ -48,7 +58,13 @@ def save_checkpoint(root: Path, step: int, plan: Plan, active: Sequence[Job], fi
         for job in active:
             tensors, numbers[job.name] = job.state()
             save_file({k: v.contiguous() for k, v in tensors.items()}, made / f"{job.name}.safetensors")
-        state = {"format": FORMAT, "step": step, "plan": asdict(plan), "jobs": numbers}
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "plan": asdict(plan),
+            "jobs": numbers,
+            "pending": [asdict(metrics) for metrics in pending],
+        }
         (made / "run.json").write_text(json.dumps(state, indent=2) + "\n")
     for old in _folders(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -68,7 +84,7 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
         ) from error
     if state["format"] != FORMAT:
         raise InputError(f"{folders[-1]}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
-    return Checkpoint(folders[-1], state["step"], Plan(**state["plan"]), state["jobs"])
+    return Checkpoint(folders[-1], state["step"], Plan(**state["plan"]), state["jobs"], state["pending"])
 
 
 def _folders(root: Path) -> list[Path]:

@@ -8,6 +8,7 @@ is skipped alone if that is not finite, and steps its own optimizer.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -99,22 +100,36 @@ class Trainer:
         """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped."""
         return {name: self._optim_step(self.jobs[name]) for name in names}
 
-    def evaluate(self, job: Job) -> tuple[float, int] | None:
-        """(mean loss, label tokens) over the job's held-out examples; None without any, or when asked to stop."""
+    def start_metrics(self) -> list[StepMetrics]:
+        """A step 0 for every job that has held-out examples, to be evaluated before training."""
+        return [StepMetrics(job.name, 0, job.total, 0.0) for job in self.jobs.values() if job.data.held_out]
+
+    def evaluated(self, metrics: StepMetrics) -> StepMetrics:
+        """`metrics` with the held-out loss, where one is due. Raises `StopRequestedError` when asked to stop meanwhile."""
+        job = self.jobs[metrics.job]
+        every = job.config.eval_every
+        due = metrics.step in (0, job.total) or (every is not None and metrics.step % every == 0)
+        if not (due and job.data.held_out):
+            return metrics
+        loss, tokens = self.evaluate(job)
+        return replace(metrics, eval_loss=loss, eval_tokens=tokens, peak_memory=self.watch.peak())
+
+    def evaluate(self, job: Job) -> tuple[float, int]:
+        """(mean loss, label tokens) over the job's held-out examples, of which there is at least one."""
         chunks = job.evaluation_chunks()
-        if not chunks:
-            return None
         total, size = 0.0, sum(job.objective.size(c) for c in chunks)
         training = self.base.model.training
         self.base.model.eval()
-        with torch.no_grad():
-            for chunk in chunks:
-                if self.stop_requested():
-                    raise StopRequestedError
-                batch = collate([chunk], MIN_ROWS if self.base.packable else 0, self.base.device)
-                with self.base.routed(batch):
-                    total += sum(float(loss) for _, loss in self._losses([chunk], batch))
-        self.base.model.train(training)
+        try:
+            with torch.no_grad():
+                for chunk in chunks:
+                    if self.stop_requested():
+                        raise StopRequestedError
+                    batch = collate([chunk], MIN_ROWS if self.base.packable else 0, self.base.device)
+                    with self.base.routed(batch):
+                        total += sum(float(loss) for _, loss in self._losses([chunk], batch))
+        finally:
+            self.base.model.train(training)
         return total / size, sum(len(c.rows) for c in chunks)
 
     def _losses(self, chunks: Sequence[Chunk], batch: Batch) -> Iterable[tuple[Chunk, Tensor]]:
@@ -149,7 +164,6 @@ class Trainer:
 
     def _report(self, job: Job, chunks: Sequence[Chunk], loss: Tensor, norm: float, speed: float) -> StepMetrics:
         finite = math.isfinite(norm)
-        evaluation = self.evaluate(job) if self._evaluation_due(job) else None
         return StepMetrics(
             job=job.name,
             step=job.step,
@@ -163,11 +177,4 @@ class Trainer:
             skipped=not finite,
             tokens_per_second=round(speed, 2),
             peak_memory=self.watch.peak(),
-            eval_loss=None if evaluation is None else evaluation[0],
-            eval_tokens=None if evaluation is None else evaluation[1],
         )
-
-    @staticmethod
-    def _evaluation_due(job: Job) -> bool:
-        every = job.config.eval_every
-        return job.finished or (every is not None and job.step % every == 0)

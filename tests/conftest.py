@@ -1,0 +1,226 @@
+"""What all tests share: tiny random models of many architectures, a tiny real tokenizer, a model folder, small helpers.
+
+Functions are imported (`from conftest import tiny_base`), fixtures are asked for by name. Nothing here needs a network.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test that wants the hub must fail at once
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from snugtune.methods.lora import LoraAttached
+from snugtune.model.base import Base
+from snugtune.types import Batch, Segment
+
+VOCAB = 320
+PAD, EOS = 0, 2  # the tokenizer's <|endoftext|> and <|im_end|>
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.12,  # about 1 / sqrt(64): the default of 0.02 would leave attention nearly uniform
+}
+_GROUPED = _SIZES | {"num_key_value_heads": 2}
+_HEADS = _GROUPED | {"head_dim": 16}
+_WINDOW = _HEADS | {"sliding_window": 5}
+_GEMMA2 = _WINDOW | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.12}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+             "original_max_position_embeddings": 16}  # fmt: skip
+
+ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _HEADS),
+    "qwen3": ("Qwen3Config", _HEADS),
+    "mistral": ("MistralConfig", _WINDOW),
+    "phi": ("PhiConfig", _SIZES),
+    "phi3": ("Phi3Config", _GROUPED),
+    "gemma2": ("Gemma2Config", _GEMMA2),
+    "gemma3": ("Gemma3TextConfig", _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt2": ("GPT2Config", _GPT2),
+    "opt": ("OPTConfig", _SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "neox": ("GPTNeoXConfig", _SIZES),
+    "cohere": ("CohereConfig", _GROUPED | {"logit_scale": 0.3}),
+    "granite": ("GraniteConfig", _GROUPED | {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    "gptoss": (
+        "GptOssConfig",
+        _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    # experts
+    "mixtral": ("MixtralConfig", _HEADS | {"num_local_experts": 4}),
+    "qwen3moe": ("Qwen3MoeConfig", _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "hunyuan": ("HunYuanMoEV1Config", _HEADS | {"num_experts": 4, "moe_topk": 2}),
+    "phimoe": ("PhimoeConfig", _GROUPED | {"num_local_experts": 4}),
+    "afmoe": (
+        "AfmoeConfig",
+        _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1},
+    ),
+    # models whose rows cannot be shared
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.12}),
+    "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+    "falcon_alibi": ("FalconConfig", {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"alibi": True}),
+    "dynamic": ("LlamaConfig", _HEADS | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "longrope": ("Phi3Config", _GROUPED | {"rope_parameters": _LONGROPE}),
+}
+"""Architecture name -> (transformers config class, its arguments)."""
+
+
+def tiny_config(arch: str, **overrides: Any) -> PretrainedConfig:
+    """A fresh config of `ARCHS[arch]` without dropouts; `overrides` go over its arguments."""
+    kind, arguments = ARCHS[arch]
+    ids = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
+    config = getattr(transformers, kind)(**{**ids, **arguments, **overrides})
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def tiny_model(arch: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model in eval mode; equal arguments give equal weights, and dtypes differ by rounding alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms, biases, sinks: away from the ones and zeros they start with
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        if dtype != torch.float32:  # not model.to(dtype): that would round rotary buffers, which loading leaves in fp32
+            weights = model.state_dict()
+            model = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides), dtype=dtype)
+            model.load_state_dict(weights)
+    return model.eval()
+
+
+def tiny_base(arch: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Base:
+    """A `Base` over `tiny_model` with the tiny tokenizer."""
+    return Base(tiny_model(arch, dtype, seed, **overrides), tiny_tokenizer(), f"tiny-{arch}")
+
+
+@functools.cache
+def _trained_bpe() -> str:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = "system user assistant Hello there, how are you today? The quick brown fox jumps over the lazy dog. What is it?"
+    bpe.train_from_iterator([text] * 3, trainer)
+    return bpe.to_str()
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCAB` tokens with ChatML: any text goes through it and back."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_bpe()),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and its tokenizer as a transformers folder (safetensors). Shared by the session: do not write into it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def sequences(*lengths: int, seed: int = 0) -> list[Tensor]:
+    """Random token sequences of the given lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator) for n in lengths]
+
+
+def packed(parts: Sequence[Tensor], job: str | None = None, seed: int = 0) -> Batch:
+    """Sequences side by side in one row; all of it belongs to `job`, or to nobody."""
+    lengths = tuple(len(p) for p in parts)
+    segments = () if job is None else (Segment(job, slice(0, sum(lengths)), seed),)
+    return Batch(torch.cat(list(parts))[None], torch.cat([torch.arange(n) for n in lengths])[None], lengths, segments)
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    """||ours - truth|| / ||truth|| in fp64; not a number when either holds one, so that every comparison fails."""
+    difference, size = (ours.double() - truth.double()).norm(), truth.double().norm()
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def shake(attached: LoraAttached, seed: int = 1, size: float = 0.1) -> None:
+    """Random factors: fresh ones have B = 0, which hides every mistake about A."""
+    generator = torch.Generator().manual_seed(seed)
+    for factor in attached.tensors().values():
+        factor.copy_(torch.randn(factor.shape, generator=generator) * size)
+
+
+def peft_twin(model: PreTrainedModel, attached: LoraAttached) -> PeftModel:
+    """`model` under PEFT's own LoRA, with the targets, settings and factors of `attached`."""
+    config = attached.config.to_dict() | {"target_modules": list(attached.sites), "inference_mode": False}
+    twin = get_peft_model(model, PeftLoraConfig(**{k: v for k, v in config.items() if k not in ("peft_type", "auto_mapping")}))
+    with torch.no_grad():
+        for name, factor in attached.tensors().items():
+            twin.get_parameter(name.replace(".weight", ".default.weight")).copy_(factor)
+    return twin
+
+
+def lora_gradients(attached: LoraAttached) -> dict[str, Tensor]:
+    """The accumulated gradients of one job's factors, under the names of PEFT's parameters."""
+    gradients = {}
+    for site in attached.sites:
+        slot = attached.base.sites[site].slots[attached.job]
+        for side, factor in (("A", slot.a), ("B", slot.b)):
+            assert factor.grad is not None
+            gradients[f"base_model.model.{site}.lora_{side}.default.weight"] = factor.grad.clone()
+    return gradients
+
+
+def nll_alone(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    """The truth about a loss: each sequence through the model by itself, all logits, torch's cross entropy, summed."""
+    logits = [model(input_ids=p[None], use_cache=False).logits[0, :-1] for p in parts]
+    return torch.stack([F.cross_entropy(z, p[1:], reduction="sum") for z, p in zip(logits, parts, strict=True)]).sum()
+
+
+def nll_packed(base: Base, parts: Sequence[Tensor], job: str | None = None) -> Tensor:
+    """The same loss over one row of `base`. For gradients, call it and backward inside `base.routed(...)`."""
+    batch = packed(parts, job)
+    starts = torch.tensor([0, *batch.lengths]).cumsum(0)[:-1]
+    targets = torch.ones(batch.input_ids.shape[1], dtype=torch.bool).index_fill(0, starts, False).nonzero().squeeze(1)
+    hidden = base.hidden(batch)[targets - 1]
+    head = base.head if job is None else base.head.for_segment(batch.segments[0])
+    return head.nll(hidden, batch.input_ids[0, targets], torch.ones(len(targets)))

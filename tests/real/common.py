@@ -1,0 +1,186 @@
+"""What the real tier shares: short conversations, plain PEFT and torch as the independent truth, plans, comparisons.
+
+Nothing here calls snugtune's own rendering, packing, head or attention: it is what those are compared with.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from conftest import packed
+from snugtune.config import JobConfig
+from snugtune.methods.lora import LoraAttached
+from snugtune.model.base import Base
+from snugtune.train.examples import JobData
+from snugtune.train.job import Job, start_job
+from snugtune.train.trainer import Trainer
+from snugtune.types import Example, Plan, Recompute, Width
+
+IGNORE = -100
+OPENING, END = "<|im_start|>assistant\n", "<|im_end|>"  # ChatML: where an answer begins, and the token that closes it
+
+_FACTS = {
+    "France": "Paris",
+    "Japan": "Tokyo",
+    "Italy": "Rome",
+    "Peru": "Lima",
+    "Norway": "Oslo",
+    "Kenya": "Nairobi",
+    "Egypt": "Cairo",
+    "Cuba": "Havana",
+    "Greece": "Athens",
+    "Spain": "Madrid",
+    "Austria": "Vienna",
+}
+
+
+def _said(*turns: str) -> list[dict[str, str]]:
+    roles = ["system"] + ["user", "assistant"] * (len(turns) // 2)
+    return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+
+
+CONVERSATIONS = [
+    *(_said("Be brief.", f"Capital of {land}?", f"{town}, of course.") for land, town in _FACTS.items()),
+    _said("Be brief.", "Hi!", "Hello.", "And the capital of Chile?", "Santiago, of course."),
+    _said("Be brief.", "Name the capitals of Sweden, Poland and Portugal.", "Stockholm, Warsaw and Lisbon, of course."),
+    _said("Be brief, and explain what you mean.", "Is Berlin a capital?", "Yes: it is the capital of Germany, of course."),
+]
+"""Short, of uneven lengths (20 to 36 tokens), one of them with two answers: a whole real-model step stays in seconds."""
+
+RUN: dict[str, Any] = {
+    "model": "demo",
+    "max_seq_len": 64,
+    "method": {"type": "lora", "r": 8, "lora_alpha": 16},
+    "batch_size": 4,
+    "steps": 20,
+    "seed": 3,
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
+    "schedule": {"type": "cosine", "warmup": 0.1},
+    "max_grad_norm": 1.0,
+    "plan": {"weights": "fp32"},
+}
+"""The run of the `trained` fixture, less its data and output. Two sequences fit a chunk, so each step is cut in two."""
+
+
+def write_data(path: Path, conversations: Sequence[Sequence[Mapping[str, str]]] = CONVERSATIONS) -> Path:
+    """The conversations as `.jsonl` in OpenAI's form."""
+    path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations), encoding="utf-8")
+    return path
+
+
+def plan(weights: Width = "fp32", micro_batch: int = 1, recompute: Recompute = "none") -> Plan:
+    return Plan("cpu", weights, micro_batch, recompute, 512, torch.get_num_threads())
+
+
+# --- the truth ---
+
+
+def labelled(conversation: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """(ids, labels) by walking ChatML's tokens: labelled is what follows an opening, up to and with the end token."""
+    text = tokenizer.apply_chat_template([dict(m) for m in conversation], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(END)
+    labels, answering = [], False
+    for at, token in enumerate(ids):
+        labels.append(token if answering else IGNORE)
+        answering = (answering and token != end) or ids[at + 1 - len(opening) : at + 1] == opening
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, labels), padded on the right, as every textbook loop does it."""
+    pad = nn.utils.rnn.pad_sequence
+    ids, labels = ([row[side] for row in rows] for side in (0, 1))
+    return (
+        pad(ids, batch_first=True, padding_value=0),
+        pad([torch.ones_like(i) for i in ids], batch_first=True, padding_value=0),
+        pad(labels, batch_first=True, padding_value=IGNORE),
+    )
+
+
+def mean_nll(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of the labels' losses / their number, from the full logits of one padded batch."""
+    ids, mask, labels = padded(rows)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    targets = labels[:, 1:]
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / (targets != IGNORE).sum()
+
+
+def mean_nll_one_by_one(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The same mean as summands, one unpadded sequence each: backward them in turn."""
+    count = sum(int((labels[1:] != IGNORE).sum()) for _, labels in rows)
+    for ids, labels in rows:
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+        yield F.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum") / count
+
+
+def peft_gradients(twin: PeftModel) -> dict[str, Tensor]:
+    """The gradients of all trainable parameters of a PEFT model, by name, in fp32."""
+    found = {name: p.grad.float().clone() for name, p in twin.named_parameters() if p.requires_grad and p.grad is not None}
+    assert found and all(".lora_" in name for name in found)
+    return found
+
+
+def whole(gradients: Mapping[str, Tensor]) -> Tensor:
+    """All tensors as one vector, ordered by name."""
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+# --- ours ---
+
+
+class NoWatch:
+    """A memory watch for tests that do not look at memory."""
+
+    def peak(self) -> int:
+        return 0
+
+
+def examples(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Example, ...]:
+    """The truth's rows as our examples, without our rendering in between."""
+    return tuple(Example(ids, (labels != IGNORE).float(), f"invented:{at}") for at, (ids, labels) in enumerate(rows))
+
+
+def job_config(**fields: Any) -> JobConfig:
+    return JobConfig.model_validate({"data": "invented.jsonl", "max_seq_len": 64} | fields)
+
+
+@contextmanager
+def one_job(base: Base, use: Plan, rows: Sequence[tuple[Tensor, Tensor]], **fields: Any) -> Iterator[tuple[Trainer, Job]]:
+    """A trainer with one job whose step holds exactly `rows`; the shared base forgets the job afterwards."""
+    trainer = Trainer(base, use, NoWatch())
+    job = start_job(base, job_config(batch_size=len(rows), **fields), JobData(examples(rows)), use)
+    trainer.add(job)
+    try:
+        yield trainer, job
+    finally:
+        job.attached.detach()
+
+
+def accumulate(trainer: Trainer, job: Job) -> float:
+    """One step's gradients, without the optimizer. Returns the loss."""
+    job.attached.zero_grad()
+    return float(trainer.forward_backward({job.name: job.chunks()})[job.name])
+
+
+def lora(job: Job) -> LoraAttached:
+    assert isinstance(job.attached, LoraAttached)
+    return job.attached
+
+
+def our_logits(base: Base, job: str | None, ids: Tensor) -> Tensor:
+    """Logits [L, V] of one sequence the way training computes them: packed attention, our head, `job`'s adapter."""
+    batch = packed([ids], job)
+    head = base.head.for_segment(batch.segments[0]) if batch.segments else base.head
+    base.model.eval()
+    with torch.no_grad(), base.routed(batch):
+        return head.logits(base.hidden(batch))
