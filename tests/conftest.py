@@ -5,10 +5,12 @@ Functions are imported (`from conftest import tiny_base`), fixtures are asked fo
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Threads that wait without spinning: tests share their cores with the processes they start (read when torch loads).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test that wants the hub must fail at once
 
 import pytest
@@ -149,6 +151,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Unit tests compute on tiny tensors: more threads only make them wait for each other, badly so on a busy machine."""
+    before = torch.get_num_threads()
+    if "unit" in request.path.parts:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
@@ -178,7 +190,7 @@ def packed(parts: Sequence[Tensor], job: str | None = None, seed: int = 0) -> Ba
 
 def relative(ours: Tensor, truth: Tensor) -> float:
     """||ours - truth|| / ||truth|| in fp64; not a number when either holds one, so that every comparison fails."""
-    difference, size = (ours.double() - truth.double()).norm(), truth.double().norm()
+    difference, size = (ours.detach().double() - truth.detach().double()).norm(), truth.detach().double().norm()
     return float(difference / size) if size > 0 else float(difference)
 
 

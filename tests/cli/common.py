@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,10 @@ def here(*args: object, stdin: str | None = None) -> Ran:
 class Trouble:
     """What befalls a process."""
 
-    signal: int | None = None  # sent once metrics.jsonl of the run has `after_lines` lines, and `delay` seconds later
+    signal: int | None = None  # sent `delay` seconds after the process has brought `watched` to `after_lines` lines
     after_lines: int = 0
     delay: float = 0.0
+    watched: str = "run/metrics.jsonl"  # or ".stderr": what the process has said so far
     file_limit: int | None = None  # bytes beyond which no file can grow: a full disk
     threads: int = 1
 
@@ -103,41 +104,43 @@ _forkserver.set_forkserver_preload(
 )
 
 
-def forked(*args: object, cwd: Path, metrics: Path | None = None, trouble: Trouble = FINE) -> Ran:
+def forked(*args: object, cwd: Path, trouble: Trouble = FINE) -> Ran:
     """The command in a real process, forked from one that has imported everything. A negative code is a signal's."""
-    out, err = cwd / ".stdout", cwd / ".stderr"
-    child = _forkserver.Process(target=_run_forked, args=([str(a) for a in args], cwd, out, err, metrics, trouble))
+    code = in_a_process(_command, [str(a) for a in args], cwd, trouble)
+    out, err = ((cwd / name).read_text(encoding="utf-8") for name in (".stdout", ".stderr"))
+    return Ran(code, out, err)
+
+
+def in_a_process(function: Callable[..., None], *args: object) -> int:
+    """Call a module's function in such a process; returns the exit code."""
+    child = _forkserver.Process(target=function, args=args)
     child.start()
     child.join(300)
     if child.exitcode is None:
         child.kill()
-        raise AssertionError(f"still running after 300 s: {err.read_text()}")
-    ran = Ran(child.exitcode, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
-    out.unlink()
-    err.unlink()
-    return ran
+        raise AssertionError("still running after 300 s")
+    return child.exitcode
 
 
-def _run_forked(args: list[str], cwd: Path, out: Path, err: Path, metrics: Path | None, trouble: Trouble) -> None:
-    for path, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+def _command(args: list[str], cwd: Path, trouble: Trouble) -> None:
     os.chdir(cwd)
+    for name, descriptor in ((".stdout", 1), (".stderr", 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
     torch.set_num_threads(trouble.threads)
     if trouble.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (trouble.file_limit, trouble.file_limit))
     if trouble.signal is not None:
-        assert metrics is not None
         # From inside: a watcher of another process could come too late on a busy machine.
-        threading.Thread(target=_strike, args=(metrics, trouble), daemon=True).start()
+        threading.Thread(target=_strike, args=(Path(trouble.watched), trouble), daemon=True).start()
     sys.argv = ["snugtune", *args]
     from snugtune.cli import main
 
     main()
 
 
-def _strike(metrics: Path, trouble: Trouble) -> None:
-    before = metrics.stat().st_mtime_ns if metrics.exists() else 0  # what an earlier process left does not count
-    while not metrics.exists() or metrics.stat().st_mtime_ns == before or count_lines(metrics) < trouble.after_lines:
+def _strike(watched: Path, trouble: Trouble) -> None:
+    before = watched.stat().st_mtime_ns if watched.exists() else 0  # what an earlier process left does not count
+    while not watched.exists() or watched.stat().st_mtime_ns == before or count_lines(watched) < trouble.after_lines:
         time.sleep(0.0005)
     time.sleep(trouble.delay)
     assert trouble.signal is not None

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from common import assert_refused, command, contents, here, messages, write_config, write_lines
-from conftest import tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, ViTConfig
 
+from conftest import tiny_model, tiny_tokenizer
+
 RECORDS = [messages(f"Question {i}?", f"Answer {i}.") for i in range(6)]
-RESULTS = ("adapters/default", "adapters/a", "adapters/b")
 
 
 @pytest.fixture
@@ -504,19 +503,23 @@ RESULTS_USED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[s
     "base-gone": (lambda place: shutil.rmtree(place / "model"), ("out",), ("model", "no folder")),
     "base-without-weights": (lambda place: (place / "model/model.safetensors").unlink(), ("out",), ("model", "weights")),
     "broken-run-config": (in_run(replace("config.yaml", b"model: [")), ("out",), ("out/config.yaml", "not valid YAML")),
-    "broken-adapter-config": (in_adapter(replace("adapter_config.json", b"{")), ("out/adapters/default",), ("adapter_config.json",)),
+    "broken-adapter-config": (in_adapter(replace("adapter_config.json", b"{")), ("out/adapters/default",),
+                              ("adapter_config.json",)),
     "broken-stamp": (in_adapter(replace("snugtune.json", b"{}")), ("out",), ("out/adapters/default",)),
     "adapter-of-no-base": (in_adapter(edit("adapter_config.json", base_model_name_or_path=None)), ("out/adapters/default",),
                            ("adapter_config.json", "no base model")),
     "adapter-of-another-kind": (in_adapter(edit("adapter_config.json", peft_type="IA3")), ("out",), ("IA3",)),
     "adapter-with-dora": (in_adapter(edit("adapter_config.json", use_dora=True)), ("out",), ("use_dora",)),
-    "truncated-adapter": (in_adapter(truncate("adapter_model.safetensors")), ("out",), ("out/adapters/default", "cannot be read")),
+    "truncated-adapter": (in_adapter(truncate("adapter_model.safetensors")), ("out",),
+                          ("out/adapters/default", "cannot be read")),
     "adapter-without-weights": (in_adapter(remove("adapter_model.safetensors")), ("out",), ("adapter_model.safetensors",)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", RESULTS_USED)
-@pytest.mark.parametrize("what", [("chat", "--prompt", "Hi"), ("export", "--to", "merged", "--output", "exported")], ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "what", [("chat", "--prompt", "Hi"), ("export", "--to", "merged", "--output", "exported")], ids=lambda w: w[0]
+)
 def test_results_that_cannot_be_used(ran: Path, what: tuple[str, ...], case: str) -> None:
     spoil, args, named = RESULTS_USED[case]
     spoil(ran)
@@ -576,7 +579,6 @@ def used_folder(place: Path) -> dict[str, Any]:
 
 REAL: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
     "field": (lambda place: {"batchsize": 4}, ("config.yaml", "'batchsize'", "'batch_size'")),
-    "data": (lambda place: {"data": "no-such.jsonl"}, ("data", "no-such.jsonl")),
     "hub-offline": (lambda place: {"model": "nobody/no-such-model"}, ("model", "nobody/no-such-model")),
     "truncated-gguf": (cut_gguf, ("model", "cut.gguf", "could not be read as GGUF")),
     "output": (used_folder, ("output", "model is not empty")),

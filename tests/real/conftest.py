@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import snugtune
-from real.common import CONVERSATIONS, RUN, labelled, plan, write_data
+from real.common import CONVERSATIONS, RUN, labelled, plan, train, write_data
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import ModelSource, find_model
 from snugtune.run import RunResult
@@ -39,7 +38,7 @@ def rows(base: Base) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """`RUN` through the public function."""
+    """`RUN`, from YAML-like fields to an adapter folder."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_data(folder / "data.jsonl")
-    return snugtune.train({**RUN, "data": str(data), "output": str(folder / "run")})
+    return train(**RUN, data=str(data), output=str(folder / "run"))

@@ -52,7 +52,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt(), OSError(28, "No space left on device"), OSError("odd")])
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt(), OSError(28, "full"), OSError("odd")])
 def test_an_exception_leaves_things_as_they_were(tmp_path: Path, error: BaseException, old: bool):
     """What the disk refuses becomes a StorageError; anything else, Ctrl-C too, stays what it is."""
     target = tmp_path / "made"
@@ -196,14 +196,17 @@ def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new(tmp_path: Path, 
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path):
-    """What a kill left half-written goes; the run's own files stay."""
-    for name in ("config.yaml", "adapters/a/x", ".step-00000010-abc123/half", ".gitignore"):
+    """What a kill left half-written goes, however deep; the run's own files stay, those with a dot too."""
+    own = {"config.yaml", "adapters/a/x", "checkpoints/step-00000010/run.json", ".gitignore", ".cache/x", "a.part"}
+    for name in own:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    (tmp_path / ".plan.json.part").write_text("hal")
-    remove_leftovers(tmp_path)
-    assert set(contents(tmp_path)) == {"config.yaml", "adapters/a/x", ".gitignore"}
-    assert not (tmp_path / ".step-00000010-abc123").exists()
+    with whole_folder(tmp_path / "checkpoints" / "step-00000020") as made:
+        (made / "half").write_text("x")
+        assert set(contents(tmp_path)) > own
+        remove_leftovers(tmp_path / "checkpoints")
+        assert set(contents(tmp_path)) == own
+        made.mkdir()  # for the block to end well
     remove_leftovers(tmp_path / "nowhere")
 
 
@@ -247,8 +250,8 @@ def steps_of(path: Path) -> list[tuple[object, object]]:
 
 def test_metrics_are_one_object_a_line(tmp_path: Path):
     """What is not known is left out rather than null, and a step that was skipped says so."""
-    entries = step(1, tokens=5, label_tokens=3, lr=0.1, grad_norm=2.0, peak_memory=7), step(2, skipped=True, eval_loss=0.5, eval_tokens=9)
-    path = written(tmp_path / "m.jsonl", *entries)
+    taken = step(1, tokens=5, label_tokens=3, lr=0.1, grad_norm=2.0, peak_memory=7)
+    path = written(tmp_path / "m.jsonl", taken, step(2, skipped=True, eval_loss=0.5, eval_tokens=9))
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first == {"job": "default", "step": 1, "total_steps": 10, "epoch": 0.1, "loss": 0.5, "tokens": 5, "label_tokens": 3,
                      "lr": 0.1, "grad_norm": 2.0, "peak_memory": 7}  # fmt: skip
@@ -273,7 +276,8 @@ def test_a_new_run_starts_a_new_file(tmp_path: Path):
 
 def test_on_resume_metrics_are_cut_back_to_where_each_job_stands(tmp_path: Path):
     """Steps after the checkpoint are trained again and must not stand there twice; kept lines keep their bytes."""
-    path = written(tmp_path / "m.jsonl", step(0, "a"), step(1, "a"), step(1, "b"), step(2, "a"), step(2, "b"), step(3, "a"), step(1, "c"))
+    lines = [(0, "a"), (1, "a"), (1, "b"), (2, "a"), (2, "b"), (3, "a"), (1, "c")]
+    path = written(tmp_path / "m.jsonl", *(step(number, job) for number, job in lines))
     before = path.read_text().splitlines(keepends=True)
     log = MetricsFile(path, {"a": 1, "b": 2})
     assert path.read_text() == "".join(before[i] for i in (0, 1, 2, 4))

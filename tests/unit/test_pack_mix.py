@@ -211,7 +211,9 @@ seeds = st.integers(0, 2**63)
 
 
 def stream(examples: int, batch_size: int, epochs: float | None, steps: int | None, seed: int) -> list[list[int]]:
-    return [step_indices(k, examples, batch_size, epochs, steps, seed) for k in range(total_steps(examples, batch_size, epochs, steps))]
+    """The examples of all steps."""
+    total = total_steps(examples, batch_size, epochs, steps)
+    return [step_indices(k, examples, batch_size, epochs, steps, seed) for k in range(total)]
 
 
 @MANY
@@ -287,7 +289,14 @@ def test_orders_differ_between_epochs_and_seeds():
 
 @pytest.mark.parametrize(
     ("examples", "batch_size", "epochs", "steps", "expected"),
-    [(10, 4, None, None, 3), (10, 4, 2, None, 5), (10, 4, 0.5, None, 2), (10, 4, 0.01, None, 1), (3, 16, 1, None, 1), (3, 16, None, 7, 7)],
+    [
+        (10, 4, None, None, 3),
+        (10, 4, 2, None, 5),
+        (10, 4, 0.5, None, 2),
+        (10, 4, 0.01, None, 1),
+        (3, 16, 1, None, 1),
+        (3, 16, None, 7, 7),
+    ],
 )
 def test_how_many_steps_a_job_takes(examples, batch_size, epochs, steps, expected: int):
     assert total_steps(examples, batch_size, epochs, steps) == expected

@@ -60,7 +60,8 @@ def llama3(messages: Messages) -> Pieces:
 
 LLAMA3 = Style(
     "{% for message in messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     llama3,
@@ -306,6 +307,21 @@ def test_an_end_token_that_is_not_marked_special_is_found():
     assert tokenizer.convert_ids_to_tokens(Renderer(tokenizer).end_of_turn) == "<end>"
 
 
+def test_an_answer_ends_at_the_first_of_several_end_tokens():
+    """Generation stops there; what the template writes after it is never asked of the model."""
+    tokenizer = byte_level(CHATML.template.replace("<|im_end|>", "<|im_end|></s>"), eos="</s>")
+    assert tokenizer.convert_ids_to_tokens(Renderer(tokenizer).end_of_turn) == "<|im_end|>"
+    [(ids, weights)] = tokenised(tokenizer, talk("Hi", "Hello", "And?", "Bye"))
+    assert trained_texts(tokenizer, ids, weights) == ["Hello<|im_end|>", "Bye<|im_end|>"]
+
+
+def test_an_end_token_inside_an_answer_does_not_end_it():
+    """Answers about chat templates quote them."""
+    tokenizer = tokenizer_of(CHATML)
+    [(ids, weights)] = tokenised(tokenizer, talk("Hi", "It is <|im_end|> that ends it."))
+    assert trained_texts(tokenizer, ids, weights) == ["It is <|im_end|> that ends it.<|im_end|>"]
+
+
 def test_the_prompt_of_generation_is_what_stands_before_the_answer():
     """Chat goes through the same renderer: its prompt must be the trained text up to the answer."""
     for style in STYLES.values():
@@ -441,7 +457,7 @@ def test_examples_hold_what_the_renderer_found():
 
 def test_the_first_token_is_never_a_target():
     """Nothing stands before it that could predict it."""
-    bare = "{% for message in messages %}{{ message['content'] + (eos_token if message['role'] == 'assistant' else '') }}{% endfor %}"
+    bare = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else '') }}{% endfor %}"
     [example] = render_all(conversations(talk("", "Hello")), byte_level(bare), 100, Drops())
     assert example.weights[0] == 0.0 and example.weights[1:].all()
 
@@ -469,7 +485,8 @@ def test_cutting_to_the_longest_length_is_counted(kept: str):
 def test_splits_are_counted():
     """One count a conversation that was split, none for those that were not."""
     tokenizer, drops = byte_level(THINKING, eos="<|im_end|>"), Drops()
-    examples = render_all(conversations(talk("a", "b"), talk("a", "b", "c", "d", "e", "f"), talk("a", "b", "c", "d")), tokenizer, 500, drops)
+    talks = talk("a", "b"), talk("a", "b", "c", "d", "e", "f"), talk("a", "b", "c", "d")
+    examples = render_all(conversations(*talks), tokenizer, 500, drops)
     assert [e.source for e in examples] == ["data.jsonl:1"] + ["data.jsonl:2"] * 3 + ["data.jsonl:3"] * 2
     assert count_of(drops, "split") == 2 and places_of(drops, "split") == ["data.jsonl:2", "data.jsonl:3"]
 

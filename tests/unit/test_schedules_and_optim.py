@@ -34,7 +34,9 @@ def test_rates_are_those_of_transformers(name: str, warmup: int, total: int):
     assert ours == pytest.approx(rates_of_transformers(name, 3e-4, warmup, total), rel=1e-12, abs=1e-20)
 
 
-@pytest.mark.parametrize(("fraction", "total", "steps"), [(0.0, 50, 0), (0.25, 40, 10), (0.03, 100, 3), (0.03, 20, 1), (0.5, 5, 3), (0.001, 1, 1)])
+@pytest.mark.parametrize(
+    ("fraction", "total", "steps"), [(0.0, 50, 0), (0.25, 40, 10), (0.03, 100, 3), (0.03, 20, 1), (0.5, 5, 3), (0.001, 1, 1)]
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_warmup_below_one_is_a_part_of_the_run(name: str, fraction: float, total: int, steps: int):
     """Rounded up to whole steps, as transformers does; from 1 on it is a number of steps."""

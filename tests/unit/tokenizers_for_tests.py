@@ -1,6 +1,6 @@
 """Small tokenizers built in code: a byte-level BPE like GPT-2's and a SentencePiece-like one with byte fallback."""
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ def sentencepiece_like(template: str | None = None, eos: str = "</s>", bos: str 
     """Llama 2's kind: spaces become a letter, one is put in front, and unknown characters fall back to byte tokens."""
     letters = sorted({c for text in _CORPUS for c in text.replace(" ", "▁")} | set("▁[]/<>|_'"))
     names = [*SPECIAL_TOKENS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "H"), ("l", "l"), ("e", "ll"), ("▁H", "ell"), ("▁Hell", "o"), ("H", "ell")]
+    merges = [tuple(pair.split()) for pair in ("▁ t", "▁t h", "▁th e", "▁ H", "l l", "e ll", "▁H ell", "▁Hell o", "H ell")]
     vocabulary = {name: i for i, name in enumerate([*names, *("".join(pair) for pair in merges)])}
     model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)

@@ -18,7 +18,7 @@ class StepMetrics:
     step: int  # from 1
     total_steps: int
     epoch: float  # passes over the data so far
-    loss: float | None = None  # mean over the step's label weights
+    loss: float | None = None  # mean over the step's label weights; None where it is not finite
     tokens: int = 0  # non-padding tokens of the step
     label_tokens: int = 0
     lr: float | None = None

@@ -163,13 +163,13 @@ class Trainer:
         return norm
 
     def _report(self, job: Job, chunks: Sequence[Chunk], loss: Tensor, norm: float, speed: float) -> StepMetrics:
-        finite = math.isfinite(norm)
+        value, finite = float(loss), math.isfinite(norm)
         return StepMetrics(
             job=job.name,
             step=job.step,
             total_steps=job.total,
             epoch=round(job.epoch, 4),
-            loss=float(loss),
+            loss=value if math.isfinite(value) else None,
             tokens=sum(len(c.tokens) for c in chunks),
             label_tokens=sum(len(c.rows) for c in chunks),
             lr=float(job.optimizer.param_groups[0]["lr"]),

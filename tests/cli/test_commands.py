@@ -1,0 +1,410 @@
+"""The commands on a tiny model: what they write, what they print, and to which stream.
+
+The model of these tests learns one conversation by heart, so that what it answers is known beforehand: to the same question
+it says "first", and asked again "second".
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from common import (
+    Ran,
+    command,
+    contents,
+    files_below,
+    forked,
+    here,
+    messages,
+    metrics_of,
+    write_config,
+    write_lines,
+)
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import CHATML, VOCAB, relative
+
+STEPS, WARMUP, RATE = 50, 5, 1e-2
+TALK = messages("Say it", "first", "Say it", "second")
+TALK_AS_TEXT = (
+    "<|im_start|>user\nSay it<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>\n"
+    "<|im_start|>user\nSay it<|im_end|>\n<|im_start|>assistant\nsecond<|im_end|>\n"
+)
+
+
+def taught(model: Path, **fields: Any) -> dict[str, Any]:
+    """Fields of a config under which the tiny model learns its data by heart."""
+    return {
+        "model": model,
+        "data": "talk.jsonl",
+        "output": "run",
+        "max_seq_len": 64,
+        "batch_size": 1,
+        "steps": STEPS,
+        "checkpoint_every": 20,
+        "method": {"r": 16, "lora_alpha": 32},
+        "optimizer": {"lr": RATE},
+        "plan": {"weights": "fp32"},
+    } | fields
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, how its command ended, and its peak memory as the system saw it."""
+
+    place: Path
+    ran: Ran
+    peak_bytes: int
+
+    @property
+    def run(self) -> Path:
+        return self.place / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Trained:
+    """`python -m snugtune train` in a real process."""
+    place = tmp_path_factory.mktemp("trained")
+    write_lines(place / "talk.jsonl", [TALK])
+    fields = taught(model_folder, validation="talk.jsonl", eval_every=20, schedule={"type": "cosine", "warmup": WARMUP})
+    write_config(place / "config.yaml", **fields)
+    with (place / "out").open("w") as out, (place / "err").open("w") as err:
+        args = [sys.executable, "-m", "snugtune", "train", "config.yaml"]
+        child = subprocess.Popen(args, cwd=place, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    ran = Ran(child.returncode, (place / "out").read_text(), (place / "err").read_text())
+    assert ran.code == 0, ran.err
+    return Trained(place, ran, usage.ru_maxrss * 1024)
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_the_run_folder(trained: Trained) -> None:
+    """Exactly these files; weights as safetensors alone."""
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "snugtune.json", "chat_template.jinja",
+               "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert files_below(trained.run) == {
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        *(f"adapters/default/{name}" for name in adapter),
+        *(f"checkpoints/step-000000{step}/{name}" for step in (20, 40) for name in ("run.json", "default.safetensors")),
+    }
+
+
+def test_train_says_what_it_does(trained: Trained) -> None:
+    """Results to stdout, progress to stderr, and without a terminal plain lines on both."""
+    assert "default" in trained.ran.out
+    assert str(Path("run/adapters/default")) in trained.ran.out
+    assert "run/metrics.jsonl" in trained.ran.out
+    losses = [f"{line['loss']:.4f}" for line in metrics_of(trained.run)[1:]]
+    assert f"{losses[0]} -> {losses[-1]}" in trained.ran.out
+    assert f"step {STEPS}/{STEPS}" in trained.ran.err
+    assert "data (default): 1 training examples" in trained.ran.err
+    for text in (trained.ran.out, trained.ran.err):
+        assert "\x1b" not in text
+        assert "\r" not in text
+    assert all(line.startswith("  ") for line in trained.ran.err.splitlines())
+
+
+def test_config_is_kept_resolved(trained: Trained) -> None:
+    """What was given, and the defaults of what was not, so that a later version's defaults change nothing."""
+    given = yaml.safe_load((trained.place / "config.yaml").read_text())
+    kept = yaml.safe_load((trained.run / "config.yaml").read_text())
+    for name in ("model", "output", "max_seq_len", "batch_size", "steps", "eval_every", "validation"):
+        assert kept[name] == given[name]
+    assert kept["data"] == [{"path": "talk.jsonl", "format": "auto"}]
+    assert kept["method"] | given["method"] == kept["method"]
+    assert kept["method"]["target_modules"] == "all-linear"
+    assert kept["optimizer"] == {"type": "adamw", "lr": RATE, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    assert kept["schedule"] == {"type": "cosine", "warmup": WARMUP}
+    assert kept["plan"] == {"weights": "fp32", "micro_batch": "auto", "recompute": "auto"}
+
+
+def test_plan_holds_the_measured_peak(trained: Trained) -> None:
+    """The system's own figure for the whole process is the truth, and it is reached before the run ends."""
+    plan = json.loads((trained.run / "plan.json").read_text())
+    assert 0.95 * trained.peak_bytes <= plan["measured_peak_bytes"] <= trained.peak_bytes
+    assert plan["plan"]["weights"] == "fp32"
+    assert plan["plan"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert plan["plan"]["threads"] == 1
+    assert plan["plan"]["micro_batch"] == 1
+    assert plan["plan"]["recompute"] in ("none", "blocks")
+
+
+def test_metrics_hold_every_step_once(trained: Trained) -> None:
+    lines = metrics_of(trained.run)
+    assert [(line["job"], line["step"]) for line in lines] == [("default", step) for step in range(STEPS + 1)]
+    keys = {"job", "step", "loss", "tokens", "label_tokens", "lr", "grad_norm", "tokens_per_second", "peak_memory"}
+    assert all(keys <= line.keys() for line in lines[1:])
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 20, 40, 50]
+    assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
+    assert all(line["tokens_per_second"] > 0 and line["peak_memory"] > 2**26 for line in lines[1:])
+
+
+def test_metrics_are_true(trained: Trained, model_folder: Path) -> None:
+    """Tokens counted with the model's tokenizer, the rate by its formula, the first loss with the model itself."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    ids = torch.tensor(tokenizer(TALK_AS_TEXT, add_special_tokens=False)["input_ids"])
+    ends = [i for i, token in enumerate(ids.tolist()) if token == tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    answers = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in ("first", "second")]
+    labels = [*range(ends[1] - answers[0], ends[1] + 1), *range(ends[3] - answers[1], ends[3] + 1)]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)(input_ids=ids[None]).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits[[i - 1 for i in labels]], ids[labels])
+    start, first, *_ = lines = metrics_of(trained.run)
+    assert start["eval_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert first["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert start["eval_tokens"] == len(labels)
+    for line in lines[1:]:
+        assert line["tokens"] == len(ids)
+        assert line["label_tokens"] == len(labels)
+        done = (line["step"] - 1 - WARMUP) / (STEPS - WARMUP)
+        rate = (line["step"] - 1) / WARMUP if line["step"] <= WARMUP else 0.5 * (1 + math.cos(math.pi * done))
+        assert line["lr"] == pytest.approx(RATE * rate)
+
+
+def test_the_adapter_is_peft_and_says_where_it_comes_from(trained: Trained, model_folder: Path) -> None:
+    adapter = trained.run / "adapters/default"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 16, 32)
+    assert config["base_model_name_or_path"] == str(model_folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(adapter))
+    named = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert named.keys() == stored.keys()
+    assert all(torch.equal(named[name], stored[name]) for name in stored)
+    card = (adapter / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["library_name"]) == (str(model_folder), "peft")
+    assert f"{STEPS} steps" in card
+
+
+def test_a_finished_run_says_so(trained: Trained) -> None:
+    """The same command again: nothing is trained, nothing changes, and it is no error. Its own config is the same one."""
+    before = contents(trained.run)
+    for config in ("config.yaml", "run/config.yaml"):
+        ran = forked("train", config, cwd=trained.place)
+        assert ran.code == 0, ran.err
+        assert "this run is finished" in ran.err
+        assert "run/adapters/default" in ran.out
+        assert contents(trained.run) == before
+
+
+def test_set_overrides_fields(tmp_path: Path, model_folder: Path) -> None:
+    """Groups, lists, a group given by its name alone, and numbers as people write them."""
+    write_lines(tmp_path / "talk.jsonl", [TALK])
+    jobs = [{"name": "a"}, {"name": "b"}]
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data=[{"path": "none.jsonl"}], schedule="linear", jobs=jobs))
+    sets = ("optimizer.lr=1e-3", "data.0.path=talk.jsonl", "schedule.warmup=0.5", "jobs.1.seed=7", "steps=2", "eval_every=null",
+            "plan.micro_batch=2", "output=elsewhere")  # fmt: skip
+    ran = forked("train", "config.yaml", *(part for s in sets for part in ("--set", s)), cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    kept = yaml.safe_load((tmp_path / "elsewhere/config.yaml").read_text())
+    assert kept["optimizer"]["lr"] == 1e-3
+    assert kept["data"][0]["path"] == "talk.jsonl"
+    assert kept["schedule"] == {"type": "linear", "warmup": 0.5}
+    assert kept["jobs"] == [{"name": "a"}, {"name": "b", "seed": 7}]
+    assert kept["plan"]["micro_batch"] == 2
+    assert [line["lr"] for line in metrics_of(tmp_path / "elsewhere") if line["job"] == "a"] == [0.0, 1e-3]
+    adapters = [load_file(tmp_path / f"elsewhere/adapters/{name}/adapter_model.safetensors") for name in "ab"]
+    assert not all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_jobs_give_an_adapter_each(tmp_path: Path, model_folder: Path) -> None:
+    """Two jobs on one base learn different answers to one question, and each adapter gives its own."""
+    jobs = []
+    for name in ("red", "blue"):
+        write_lines(tmp_path / f"{name}.jsonl", [messages("Colour?", name)])
+        jobs.append({"name": name, "data": f"{name}.jsonl"})
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data=None, jobs=jobs, steps=30))
+    ran = forked("train", "config.yaml", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert sorted(p.name for p in (tmp_path / "run/adapters").iterdir()) == ["blue", "red"]
+    lines = [(line["job"], line["step"]) for line in metrics_of(tmp_path / "run")]
+    assert sorted(lines) == [(name, step) for name in ("blue", "red") for step in range(1, 31)]
+    for name in ("red", "blue"):
+        assert f"run/adapters/{name}" in ran.out
+        assert here("chat", tmp_path / "run", "--adapter", name, "--prompt", "Colour?").out == f"{name}\n"
+
+
+def test_the_whole_model_can_be_trained(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`method: full` leaves a model folder that transformers loads, chat answers with, and export has nothing to add to."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "talk.jsonl", [TALK])
+    write_config(tmp_path / "config.yaml", **taught(model_folder, method="full", optimizer={"lr": 3e-3}))
+    ran = forked("train", "config.yaml", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    folder = tmp_path / "run/models/default"
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files_below(folder)
+    assert answer(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), "Say it") == "first"
+    assert here("chat", "run", "--prompt", "Say it").out == "first\n"
+    exported = here("export", "run", "--to", "merged")
+    assert exported.code == 2
+    assert exported.err.startswith("error: run tuned the whole model; run/models/default is a model folder already")
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_prints_the_answer_and_nothing_else(trained: Trained) -> None:
+    ran = forked("chat", "run", "--prompt", "Say it", cwd=trained.place)
+    assert (ran.code, ran.out) == (0, "first\n"), ran.err
+    assert all(line.startswith("  ") for line in ran.err.splitlines()), ran.err
+
+
+def test_chat_keeps_the_conversation(trained: Trained) -> None:
+    """From a pipe: the second answer needs the first turn, /new forgets it, /exit ends before what follows."""
+    ran = command("chat", "run", cwd=trained.place, stdin="Say it\n\nSay it\n/new\nSay it\n/exit\nSay it\n")
+    assert (ran.code, ran.out) == (0, "first\nsecond\nfirst\n"), ran.err
+
+
+def test_chat_ends_with_its_input(trained: Trained) -> None:
+    ran = here("chat", trained.run, stdin="Say it\nSay it")
+    assert (ran.code, ran.out) == (0, "first\nsecond\n"), ran.err
+
+
+def test_chat_takes_an_adapter_folder(trained: Trained, tmp_path: Path) -> None:
+    """Wherever it lies, and without our stamp as with it."""
+    adapter = shutil.copytree(trained.run / "adapters/default", tmp_path / "adapter")
+    assert here("chat", adapter, "--prompt", "Say it").out == "first\n"
+    (adapter / "snugtune.json").unlink()
+    assert here("chat", adapter, "--prompt", "Say it").out == "first\n"
+
+
+def test_chat_draws_as_asked(trained: Trained) -> None:
+    """Length, temperature and top-p count, and what is drawn depends on the seed alone."""
+    assert here("chat", trained.run, "--prompt", "Say it", "--max-new-tokens", "1").out == "f\n"
+
+    def drawn(seed: int) -> str:
+        ran = here("chat", trained.run, "--prompt", "Say it", "--temperature", "50", "--max-new-tokens", "12", "--seed", seed)
+        assert ran.code == 0, ran.err
+        return ran.out
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    likeliest = here("chat", trained.run, "--prompt", "Say it", "--temperature", "2", "--top-p", "0.01")
+    assert likeliest.out == "first\n"
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def answer(model: Any, tokenizer: Any, question: str) -> str:
+    """Plain transformers, with what its folders say about templates and stop tokens."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_export_merged_is_a_model_of_its_own(trained: Trained, model_folder: Path, tmp_path: Path) -> None:
+    """It loads without us and without PEFT, computes what base and adapter do in PEFT, and stops where an answer ends."""
+    ran = here("export", trained.run, "--to", "merged", "--output", tmp_path / "merged")
+    assert (ran.code, ran.out) == (0, f"written: {tmp_path / 'merged'}\n"), ran.err
+    assert not list((tmp_path / "merged").rglob("*.bin"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == torch.float32
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    twin = PeftModel.from_pretrained(base, str(trained.run / "adapters/default"))
+    ids = (torch.arange(40) * 37 % VOCAB)[None]
+    with torch.no_grad():
+        assert relative(model(input_ids=ids).logits, twin(input_ids=ids).logits) <= 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template == CHATML
+    assert answer(model, tokenizer, "Say it") == "first"
+
+
+def test_export_has_a_place_and_a_dtype(trained: Trained, tmp_path: Path) -> None:
+    """By default beside the run's other results."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    assert here("export", run, "--to", "merged", "--dtype", "bf16").out == f"written: {run / 'merged'}\n"
+    assert {t.dtype for t in load_file(run / "merged/model.safetensors").values()} == {torch.bfloat16}
+    assert files_below(run) > files_below(trained.run)
+
+
+# --- data show --------------------------------------------------------------------------------------------------------
+
+
+def test_data_show_marks_what_is_trained(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers and the token that ends them, nothing else; and no letter is lost on the way."""
+    monkeypatch.chdir(tmp_path)
+    talks = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *messages("Say it", "first", "Say it", "second")["messages"]]},
+        messages("Größe [b]3[/b]?\n- a\n- b", "Über 2 m — 【ok】 \\ [red]x[/red] :smile: {{ y }}"),
+        messages("Tail?", "Yes."),
+    ]
+    write_lines(tmp_path / "talks.jsonl", talks)
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data="talks.jsonl", max_seq_len=128))
+    ran = here("data", "show", "config.yaml", "-n", "2")
+    assert ran.code == 0, ran.err
+    for number, talk in enumerate(talks[:2], 1):
+        shown = ran.out.split(f"talks.jsonl:{number}: ")[1].split("\n", 1)[1]
+        expected = ""
+        for message in talk["messages"]:
+            said = message["content"] + "<|im_end|>"
+            expected += f"<|im_start|>{message['role']}\n" + (f"«{said}»" if message["role"] == "assistant" else said) + "\n"
+        assert shown.startswith(expected)
+    assert "Tail?" not in ran.out
+    assert "default: 3 training examples" in ran.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_show_counts_what_is_cut_and_dropped(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the place of each, so that it can be looked at."""
+    monkeypatch.chdir(tmp_path)
+    cut, late = messages("Why?", "Because " + "of that " * 20), messages("Why " * 40, "Late.")
+    write_lines(tmp_path / "talks.jsonl", [TALK, cut, late, {"messages": []}, {"text": "hm"}])
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data="talks.jsonl", epochs=3, steps=None))
+    out = here("data", "show", "config.yaml", "-n", "0").out
+    assert "default: 1 examples cut to max_seq_len=64 tokens (talks.jsonl:2)\n" in out
+    assert "max_seq_len=64 tokens (talks.jsonl:3)\n" in out
+    assert "(talks.jsonl:4)\n" in out
+    assert "(talks.jsonl:5)\n" in out
+    assert "default: 2 training examples" in out
+    assert "6 optimizer steps of 1 examples" in out
+    assert "to 64, median" in out
+
+
+# --- the command itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [(sys.executable, "-m", "snugtune"), (str(Path(sys.executable).with_name("snugtune")),)])
+def test_version(start: tuple[str, ...], tmp_path: Path) -> None:
+    """The module and the script are the same command."""
+    done = subprocess.run([*start, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"snugtune {importlib.metadata.version('snugtune')}\n", "")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["--version"], ["trian"]], ids=" ".join)
+def test_help_is_quick(args: list[str], tmp_path: Path) -> None:
+    """Seconds of imports are for the commands that need them."""
+    heavy = "torch transformers peft tokenizers datasets numpy"
+    script = (
+        "import sys\nfrom snugtune.cli import main\ntry:\n    main()\nfinally:\n"
+        f"    print('loaded:', [m for m in '{heavy}'.split() if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *args], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "loaded: []", done.stderr
+    assert done.returncode == (2 if args == ["trian"] else 0)
+
+
+def test_help_names_every_command() -> None:
+    out = here("--help").out
+    assert all(name in out for name in ("demo", "train", "chat", "export", "data", "--version"))
