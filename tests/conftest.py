@@ -42,7 +42,7 @@ _SIZES: dict[str, Any] = {
 _GROUPED = _SIZES | {"num_key_value_heads": 2}
 _HEADS = _GROUPED | {"head_dim": 16}
 _WINDOW = _HEADS | {"sliding_window": 5}
-_GEMMA2 = _WINDOW | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
+_GEMMA2 = _WINDOW | {"query_pre_attn_scalar": 25, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.12}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
              "original_max_position_embeddings": 16}  # fmt: skip
@@ -73,7 +73,10 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
         "AfmoeConfig",
         _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1},
     ),
+    # a head that transforms before it projects
+    "modernbert": ("ModernBertDecoderConfig", _SIZES | {"local_attention": 10, "global_attn_every_n_layers": 2}),
     # models whose rows cannot be shared
+    "llama4": ("Llama4TextConfig", _HEADS | {"num_local_experts": 4, "intermediate_size_mlp": 96}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.12}),
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "falcon_alibi": ("FalconConfig", {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"alibi": True}),

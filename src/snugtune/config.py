@@ -1,6 +1,7 @@
 """The run's config: aggregates the components' own configs, reads YAML, applies overrides, explains mistakes."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -72,7 +73,7 @@ class JobFields(Config):
         default=None, ge=1, description="optimizer steps between evaluations (default: only at start and end)"
     )
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the job's gradient to this norm; null: never")
-    seed: int = Field(default=0, ge=0, description="seeds the order, the split, the initial adapter and dropout")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seeds the order, the split, the initial adapter and dropout")
     optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(default=AdamWConfig(), description="the optimizer")
     schedule: Annotated[ScheduleConfig, _typed("constant")] = Field(
         default=ConstantConfig(), description="the learning rate over time"
@@ -171,6 +172,8 @@ def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     merged = dict(shared)
     for key, value in own.items():
         old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, str):
+            value = {"type": value}
         same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
         merged[key] = {**old, **value} if same_kind and isinstance(old, dict) else value
     for given, other in (("epochs", "steps"), ("steps", "epochs")):
@@ -179,11 +182,31 @@ def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without two surprises of version 1.1: `1e-4` is a number, and a date is the text it was written as."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class declares it)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=value` overrides. Raises `InputError` naming file, field and fix."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"no config file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -215,11 +238,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not path.strip():
         raise InputError(f"--set {override}: expected field=value, for example --set optimizer.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not valid YAML") from error
-    if isinstance(value, str) and _is_number(value):
-        value = float(value)  # YAML 1.1 reads 1e-4 as text
     *parents, leaf = path.strip().split(".")
     place: Any = raw
     for key in parents:
@@ -249,14 +270,6 @@ def _index(place: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(place):
         raise InputError(f"--set {override}: '{key}' is not one of the list's {len(place)} positions (from 0)")
     return int(key)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _all_messages(error: ValidationError) -> str:

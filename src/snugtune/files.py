@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +14,8 @@ from snugtune.errors import StorageError
 
 _UNFINISHED = ".part-"
 """What the names of files and folders begin with until they are whole."""
+_REPLACED = ".old-"
+"""What the name of a folder begins with while the one that replaces it takes its place."""
 
 
 @contextmanager
@@ -30,10 +32,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for file in made.rglob("*"):
             _sync(file)
         made.chmod(0o755)  # mkdtemp's 0700 is for secrets
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(made, target)
-        _sync(target.parent)
+        _swap(made, target)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {target}: {_reason(error)}; free space or fix the folder, then run again") from error
     finally:
@@ -41,8 +40,30 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
 
 
+def _swap(made: Path, target: Path) -> None:
+    """Rename `made` to `target`. One that was there is put aside first, and put back if the rename is refused."""
+    aside = target.with_name(f"{_REPLACED}{target.name}")
+    if not target.exists():
+        os.replace(made, target)
+    else:
+        os.replace(target, aside)
+        try:
+            os.replace(made, target)
+        except OSError:
+            os.replace(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync(target.parent)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process was still writing anywhere below `folder`."""
+    """Undo what a killed process was still writing anywhere below `folder`: unfinished goes, replaced comes back."""
+    for path in list(folder.rglob(f"{_REPLACED}*")):
+        target = path.with_name(path.name.removeprefix(_REPLACED))
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.replace(path, target)
     for path in list(folder.rglob(f"{_UNFINISHED}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -58,8 +79,10 @@ def write_whole(target: Path, text: str) -> None:
         _sync(made)
         os.replace(made, target)
     except OSError as error:
-        made.unlink(missing_ok=True)
         raise StorageError(f"cannot write {target}: {_reason(error)}") from error
+    finally:
+        with suppress(OSError):  # it is there only if something went wrong
+            made.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 class Config(BaseModel):
     """A frozen config. An unknown field is refused by name, with the nearest valid one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     elsewhere: ClassVar[dict[str, str]] = {}  # names people look for here -> the field they mean
 
     @model_validator(mode="before")

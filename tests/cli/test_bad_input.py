@@ -131,7 +131,7 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "list": (b"- model: demo\n", ("config.yaml", "expected fields", "list")),
     "text": (b"demo", ("config.yaml", "expected fields", "str")),
     "number-as-field": (b"1: 2\n", ("config.yaml", "'1'")),
-    "date-as-model": (b"model: 2024-01-01\noutput: out\ndata: a.jsonl\n", ("config.yaml", "model", "string")),
+    "number-as-model": (b"model: 135\noutput: out\ndata: a.jsonl\n", ("config.yaml", "model", "string", "135")),
     "not-utf-8": ("model: d\xe9mo\n".encode("latin-1"), ("config.yaml",)),
     "binary": (bytes(range(256)), ("config.yaml",)),
 }

@@ -35,7 +35,7 @@ from common import (
 
 STEPS = 40
 RECORDS = [messages(f"What about {i}?", f"It is {i * i}, or so.", "Sure?", "Yes" + "!" * (i % 4)) for i in range(24)]
-LONG_ANSWERS = [messages(f"What about {i}?", "Because " + "and so on " * 6) for i in range(80)]
+LONG_ANSWERS = [messages(f"What about {i}?", "Because " + "and so on " * 6) for i in range(40)]
 
 
 def write_run(place: Path, **fields: Any) -> None:
@@ -120,6 +120,7 @@ def test_two_processes_agree(place: Path, truth: Path) -> None:
     assert_same_run(place / "run", truth)
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(place: Path, truth: Path) -> None:
     """One run, killed ten times on its way."""
     for moment in random_moments(10, STEPS, seed=0):
@@ -329,6 +330,14 @@ def test_full_disk(tmp_path: Path, truth: Path, fields: dict[str, Any], case: st
     assert lines == exact(metrics_of(truth))
     ours, theirs = (f / "adapters/default/adapter_model.safetensors" for f in (place / "run", truth))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_full_disk_from_the_start(place: Path, truth: Path) -> None:
+    ran = train(place, Trouble(file_limit=300))
+    assert_refused(ran, "cannot write", "config.yaml")
+    assert not any(p.is_file() for p in (place / "run").rglob("*"))
+    resumed(place)
+    assert_same_run(place / "run", truth)
 
 
 def test_full_disk_while_resuming(place: Path, truth: Path) -> None:

@@ -18,7 +18,7 @@ from conftest import packed
 from snugtune.config import JobConfig, to_config
 from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
-from snugtune.run import RunResult
+from snugtune.run import Observer, RunResult
 from snugtune.run import train as run_train
 from snugtune.train.examples import JobData
 from snugtune.train.job import Job, start_job
@@ -130,8 +130,8 @@ def mean_nll_one_by_one(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]])
 
 
 def peft_gradients(twin: PeftModel) -> dict[str, Tensor]:
-    """The gradients of all trainable parameters of a PEFT model, by name, in fp32."""
-    found = {name: p.grad.float().clone() for name, p in twin.named_parameters() if p.requires_grad and p.grad is not None}
+    """The gradients of all trainable parameters of a PEFT model, by name."""
+    found = {name: p.grad.clone() for name, p in twin.named_parameters() if p.requires_grad and p.grad is not None}
     assert found and all(".lora_" in name for name in found)
     return found
 
@@ -144,9 +144,9 @@ def whole(gradients: Mapping[str, Tensor]) -> Tensor:
 # --- ours ---
 
 
-def train(**fields: Any) -> RunResult:
+def train(observer: Observer | None = None, /, **fields: Any) -> RunResult:
     """A run of these config fields."""
-    return run_train(to_config(fields))
+    return run_train(to_config(fields), observer)
 
 
 class NoWatch:

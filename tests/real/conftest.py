@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from real.common import CONVERSATIONS, RUN, labelled, plan, train, write_data
+from snugtune import tuned
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import ModelSource, find_model
 from snugtune.run import RunResult
@@ -42,3 +43,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     folder = tmp_path_factory.mktemp("trained")
     data = write_data(folder / "data.jsonl")
     return train(**RUN, data=str(data), output=str(folder / "run"))
+
+
+@pytest.fixture
+def exact_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `snugtune.tuned.load` answer in fp32 where it would choose bf16: for comparisons to the last few bits."""
+    monkeypatch.setattr(tuned, "plan_for_answers", plan)

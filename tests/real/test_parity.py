@@ -32,7 +32,7 @@ def plain_loop(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor]]) -> tup
         loss = mean_nll(twin, [rows[i] for i in order])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        history.append({"loss": float(loss), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]})
+        history.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]})
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -49,7 +49,7 @@ def test_twenty_steps_equal_a_plain_peft_loop(
     assert len(ours) == RUN["steps"]
     assert truth[-1]["loss"] < 0.5 * truth[0]["loss"], "nothing was learned, so agreeing says little"
     assert max(t["grad_norm"] for t in truth) > 1.0 > min(t["grad_norm"] for t in truth), "clipping must bite in some steps"
-    for key, tolerance in (("lr", 1e-12), ("loss", 1e-5), ("grad_norm", 1e-4)):
+    for key, tolerance in (("lr", 1e-12), ("loss", 1e-5), ("grad_norm", 3e-5)):
         assert [m[key] for m in ours] == [pytest.approx(t[key], rel=tolerance) for t in truth], key
 
     saved = load_file(trained.artefacts["default"] / "adapter_model.safetensors")

@@ -260,7 +260,6 @@ def test_numbers_in_yaml_may_be_written_the_way_people_do(config_file):
         pytest.param("model: demo\n---\nmodel: demo\n", r"c\.yaml:2: not valid YAML", id="two documents"),
         pytest.param(b"model: \xff\xfe\n", r"c\.yaml: cannot be read", id="not UTF-8"),
         pytest.param("model: " + "[" * 3000, r"c\.yaml: not valid YAML", id="nested too deeply"),
-        pytest.param("model: demo\noutput: 2024-13-45\n", r"c\.yaml.*not valid YAML.*month", id="a date that is none"),
         pytest.param("model: \x01\n", r"c\.yaml.*not valid YAML", id="control characters"),
         pytest.param(TEXT + "1: 2\n", r"c\.yaml: unknown field '1'", id="a number as field"),
         pytest.param(TEXT + "lerning_rate: 1\n", r"c\.yaml: unknown field 'lerning_rate'", id="unknown field"),
@@ -363,7 +362,6 @@ def test_list_items_go_by_their_position(config_file):
         (" =3", "expected field=value"),
         ("seed=[1", "not valid YAML"),
         ("plan=!!python/name:os.system", "not valid YAML"),
-        ("output=2024-13-45", "not valid YAML"),
         ("seed.x=1", "'seed' is not a group of fields"),
         ("seed.x.y=1", "not inside a group of fields"),
         ("data.2=c.jsonl", "'2' is not one of the list's 2 positions (from 0)"),
@@ -517,3 +515,11 @@ def test_the_stored_config_is_complete():
     assert set(stored) == set(RunConfig.model_fields)
     assert set(stored["method"]) == set(LoraConfig.model_fields)
     assert stored["optimizer"]["lr"] == 2e-4
+
+
+@pytest.mark.parametrize("name", ["2024-11-21", "2024-13-45"])
+def test_a_folder_named_like_a_date_stays_text(config_file, name: str):
+    """YAML 1.1 would make a date of it, or fail where it is none."""
+    text = f"model: demo\ndata: d.jsonl\noutput: {name}\n"
+    assert read_config(config_file(text)).output == name
+    assert read_config(config_file(text), ["output=2023-01-01"]).output == "2023-01-01"

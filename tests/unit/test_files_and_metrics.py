@@ -204,7 +204,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path):
     with whole_folder(tmp_path / "checkpoints" / "step-00000020") as made:
         (made / "half").write_text("x")
         assert set(contents(tmp_path)) > own
-        remove_leftovers(tmp_path / "checkpoints")
+        remove_leftovers(tmp_path)
         assert set(contents(tmp_path)) == own
         made.mkdir()  # for the block to end well
     remove_leftovers(tmp_path / "nowhere")

@@ -351,7 +351,12 @@ def _misnamed_model() -> Any:
     return tiny_model("llama", logit_scale=0.3)
 
 
-ODD = pytest.mark.parametrize("make", [_odd_model, _misnamed_model], ids=["odd", "misnamed"])
+def _transforming_model() -> Any:
+    """Dense, activation and norm stand between the body and the output embeddings."""
+    return tiny_model("modernbert")
+
+
+ODD = pytest.mark.parametrize("make", [_odd_model, _misnamed_model, _transforming_model], ids=["odd", "misnamed", "transforming"])
 
 
 @ODD
@@ -366,7 +371,10 @@ def test_a_head_that_does_not_reproduce_is_found_and_said_aloud(make: Any) -> No
 def test_such_a_model_trains_as_with_peft(make: Any, recompute: bool) -> None:
     """Through its own forward: loss and LoRA gradients of a packed row, the head among the targets."""
     base, parts = Base(make(), tiny_tokenizer(), "odd"), sequences(11, 2, 9)
-    attached = Lora().attach(base, "j", LoraConfig(r=3, target_modules=("q_proj", "down_proj", "lm_head")), 0)
+    inner, head = (
+        (("q_proj", "mlp.Wo", "dense"), "decoder") if make is _transforming_model else (("q_proj", "down_proj"), "lm_head")
+    )
+    attached = Lora().attach(base, "j", LoraConfig(r=3, target_modules=(*inner, head)), 0)
     shake(attached)
     base.configure(recompute=recompute, head_rows=4)
     base.model.train()

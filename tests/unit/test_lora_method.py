@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -183,10 +184,9 @@ def test_targets_mean_what_they_mean_in_peft(arch: str, targets: str) -> None:
         ("q_proj", "q_proj"),  # a bare string is a regular expression over full names, as in PEFT
         (r".*layers\.7\..*", "layers"),
         (("embed_tokens",), "embed_tokens"),  # exists, but is no linear
-        ((), "target_modules"),
-        (".*(", "target_modules"),
+        ("q_proj(", "q_proj("),  # no regular expression at all
     ],
-    ids=["typo", "bare", "regex", "embedding", "empty", "broken-regex"],
+    ids=["typo", "bare", "regex", "embedding", "broken-regex"],
 )
 def test_a_target_that_matches_nothing_is_refused_by_name(targets: str | tuple[str, ...], named: str) -> None:
     base = tiny_base()
@@ -194,6 +194,12 @@ def test_a_target_that_matches_nothing_is_refused_by_name(targets: str | tuple[s
         LORA.attach(base, "j", LoraConfig(target_modules=targets), 0)
     assert named in str(refusal.value)
     assert not base.sites, "a refused job leaves nothing behind"
+
+
+def test_an_empty_list_of_targets_is_refused() -> None:
+    """By the config or by the method; a job without a single factor would train nothing and say nothing."""
+    with pytest.raises((InputError, ValidationError), match="target_modules"):
+        LORA.attach(tiny_base(), "j", LoraConfig(target_modules=()), 0)
 
 
 # ---------------------------------------------------------------- out to PEFT
@@ -238,6 +244,17 @@ def test_what_all_linear_adapts_peft_can_load(arch: str, tmp_path: Path) -> None
     shake(attached)
     folder = _saved(attached, tmp_path / "adapter")
     torch.testing.assert_close(_peft_logits(folder, arch, part), _logits(base, part, "j"), rtol=1e-5, atol=1e-5)
+
+
+def test_targets_that_peft_would_lose_are_refused(tmp_path: Path) -> None:
+    """Asked for by name they are an error: an adapter that PEFT half forgets is not an adapter. Attention is not concerned."""
+    base, (part,) = tiny_base("hunyuan"), sequences(12)
+    with pytest.raises(InputError, match=r"method\.target_modules.*_proj"):
+        LORA.attach(base, "j", LoraConfig(r=2, target_modules=("q_proj", "gate_proj", "up_proj", "down_proj")), 0)
+    attached = LORA.attach(base, "j", LoraConfig(r=2, target_modules=("q_proj", "o_proj")), 0)
+    shake(attached)
+    folder = _saved(attached, tmp_path / "adapter")
+    torch.testing.assert_close(_peft_logits(folder, "hunyuan", part), _logits(base, part, "j"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_folder_is_pefts_and_stamped(tmp_path: Path) -> None:
@@ -362,6 +379,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a factor too long": (_with(B, 65, 4), SITE),
     "keys of no layer": (lambda folder: _edit_tensors(folder, _moved), "model.layers.9."),
     "a key of no kind": (_with("base_model.model.x.weight", 1), "x.weight"),
+    "a head of its own": (_with("base_model.model.lm_head.base_layer.weight", 320, 64), "lm_head"),
     "no keys": (lambda folder: _edit_tensors(folder, dict.clear), "no LoRA weights"),
     "DoRA": (_config(use_dora=True), "use_dora"),
     "biases": (_config(lora_bias=True), "lora_bias"),

@@ -17,6 +17,7 @@ from snugtune.errors import InputError
 from snugtune.types import Example
 
 Messages = Sequence[Mapping[str, str]]
+_MARK = "snugtune-mark"  # stands for an answer where only the template's own text is wanted
 
 
 @dataclass(frozen=True)
@@ -54,54 +55,64 @@ class Renderer:
         text = self.template(messages[: answer + 1])
         opening = self.template(messages[:answer], for_answer=True)
         if not text.startswith(opening):  # some templates open an answer otherwise than they record it
-            opening = self.template(messages[:answer])
-        if not text.startswith(opening):
-            raise TemplateError("the chat template rewrites the question when it is answered")
+            marked = self.template([*messages[:answer], {"role": "assistant", "content": _MARK}])
+            opening, found, _ = marked.rpartition(_MARK)
+            if not found or not text.startswith(opening):
+                raise TemplateError("the chat template rewrites the question when it is answered")
         return text, (len(opening), len(text))
 
     def _find_end_of_turn(self) -> int:
         """The token the template closes an answer with; the tokenizer's eos where it closes with none."""
-        mark = "snugtune-mark"
         try:
-            text = self.template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
+            text = self.template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}])
         except TemplateError as error:
             raise InputError(f"model: its chat template cannot render a question and an answer: {error}") from error
-        tail = (
-            self.tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
-        )
-        special = [t for t in tail if t in set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)]
-        return special[0] if special else self.tokenizer.eos_token_id
+        _, found, tail = text.rpartition(_MARK)
+        after = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+        control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return next((token for token in after if token in control), self.tokenizer.eos_token_id)
 
     def tokenize(self, rendered: Rendered) -> tuple[list[int], list[float]]:
-        """Token ids and their weights as targets. An answer without an end token in its span gets one."""
-        coded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        """Token ids and their weights as targets: 1 for each answer up to its end token, which is added where there is none."""
+        ids, owners = self._encode(rendered.text, 0, rendered.spans)
+        ends = {n: self._end_of(n, ids, owners) for n in range(len(rendered.spans))}
+        unclosed = [rendered.spans[n][1] for n, end in ends.items() if end is None]
+        if unclosed:
+            return self._tokenize_unclosed(rendered, unclosed)
+        return ids, [1.0 if n >= 0 and place <= (ends[n] or 0) else 0.0 for place, n in enumerate(owners)]
+
+    def _encode(self, text: str, start: int, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Ids of `text`, which begins at character `start`, and for each the span that holds all of it (-1: none)."""
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        owners = []
+        for first, last in coded["offset_mapping"]:
+            holding = (n for n, (low, high) in enumerate(spans) if low <= start + first and start + last <= high)
+            owners.append(next(holding, -1))
+        return coded["input_ids"], owners
+
+    def _end_of(self, span: int, ids: list[int], owners: list[int]) -> int | None:
+        """Where the span's closing end token stands: the first, where several close it."""
+        places = [place for place, owner in enumerate(owners) if owner == span]
+        while places and ids[places[-1]] not in self.stop_ids:
+            places.pop()
+        while len(places) > 1 and ids[places[-2]] in self.stop_ids:
+            places.pop()
+        return places[-1] if places else None
+
+    def _tokenize_unclosed(self, rendered: Rendered, unclosed: Sequence[int]) -> tuple[list[int], list[float]]:
+        """For templates that close an answer with nothing: the text is cut there, and an end token put in."""
         ids: list[int] = []
         weights: list[float] = []
-        spans, inside = list(rendered.spans), False
-        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
-            while spans and start >= spans[0][1]:
-                spans.pop(0)
-                if inside:
-                    self._end_turn(ids, weights)
-                inside = False
-            inside = bool(spans) and start >= spans[0][0] and end <= spans[0][1]
-            ids.append(token)
-            weights.append(1.0 if inside else 0.0)
-        if inside:
-            self._end_turn(ids, weights)
+        start = 0
+        for cut in (*unclosed, len(rendered.text)):
+            piece, owners = self._encode(rendered.text[start:cut], start, rendered.spans)
+            ids += piece
+            weights += [1.0 if n >= 0 else 0.0 for n in owners]
+            if cut in unclosed and (start < cut or not ids):
+                ids.append(self.end_of_turn)
+                weights.append(1.0)
+            start = cut
         return ids, weights
-
-    def _end_turn(self, ids: list[int], weights: list[float]) -> None:
-        """Let the answer just written end with its end token: nothing after it is trained; if there is none, add one."""
-        last = len(ids) - 1
-        while last >= 0 and weights[last] and ids[last] not in self.stop_ids:
-            last -= 1
-        if last >= 0 and weights[last]:
-            for after in range(last + 1, len(ids)):
-                weights[after] = 0.0
-        else:
-            ids.append(self.end_of_turn)
-            weights.append(1.0)
 
 
 def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:

@@ -105,8 +105,13 @@ def _decode(line: str, path: Path, number: int) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"data: {path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise InputError(f"data: {path}:{number}: JSON nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"data: {path}:{number}: {_odd_json(error)}") from error
+
+
+def _odd_json(error: Exception) -> str:
+    """What is wrong with JSON that is well-formed but that nothing sensible would write."""
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else f"not usable JSON: {error}"
 
 
 def _json_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -122,13 +127,16 @@ def _json_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         at = _skip(text, at, " \t\r\n")
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
+            rest = _skip(text, at + 1, " \t\r\n")
+            if rest < len(text):
+                raise InputError(f"data: {path}:{text.count(chr(10), 0, rest) + 1}: something follows the array's end")
             return
         try:
             record, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise InputError(f"data: {path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from error
-        except RecursionError as error:
-            raise InputError(f"data: {path}:{line}: JSON nested too deeply") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"data: {path}:{line}: {_odd_json(error)}") from error
         yield line, record
         at = _skip(text, at, " \t\r\n")
         if text[at : at + 1] == ",":
@@ -157,9 +165,15 @@ def _to_messages(record: Any, form: str) -> tuple[Mapping[str, str], ...]:
     messages = _FORMS[chosen](record)
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise _UnusableError("records without an answer to learn")
+    if any(_has_lone_surrogate(m["content"]) for m in messages):
+        raise _UnusableError("records with half a character (a lone surrogate, which is no Unicode text)")
     if messages[0]["role"] == "assistant":
         raise _UnusableError("records that begin with an answer")
     return messages
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _detect(record: dict[str, Any]) -> Form:
@@ -184,7 +198,9 @@ def _text(record: dict[str, Any], key: str) -> str:
 def _alpaca(record: dict[str, Any]) -> tuple[Mapping[str, str], ...]:
     system, history = _text(record, "system"), record.get("history") or []
     messages = [_message("system", system)] if system else []
-    for turn in history if isinstance(history, list) else []:
+    if not isinstance(history, list):
+        raise _UnusableError("records whose 'history' is not a list of [question, answer]")
+    for turn in history:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
             raise _UnusableError("records whose 'history' is not a list of [question, answer]")
         messages += [_message("user", turn[0]), _message("assistant", turn[1])]

@@ -5,9 +5,10 @@ PEFT's, so that adapters travel both ways. Adapters are fp32 and are computed wi
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -28,6 +29,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 STAMP_FILE = "snugtune.json"
 _PREFIX = "base_model.model."
+_FACTOR_ENDINGS = (".lora_A.weight", ".lora_B.weight")
+_KEPT_BASE = ".base_layer.weight"
+_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
+                "alora_invocation_tokens", "target_parameters")  # fmt: skip
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva"})
 
 Factors = tuple[Tensor, Tensor, float]
 """One site's A [r, in], B [out, r] and scale."""
@@ -40,7 +46,7 @@ class LoraConfig(Config):
     r: int = Field(default=8, ge=1, description="rank of the updates")
     lora_alpha: float = Field(default=16, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of the update, while training")
-    target_modules: str | tuple[str, ...] = Field(
+    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear", description="'all-linear', a list of module name endings, or a regular expression over full names"
     )
     use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
@@ -143,6 +149,7 @@ class Lora:
         config, tensors = _read_adapter(folder)
         check_stamp(folder, base.fingerprint, base.name)
         base.freeze()
+        tensors = _drop_base_weights(folder, base, tensors)
         names = sorted({k.removeprefix(_PREFIX).rpartition(".lora_")[0] for k in tensors}, key=_order(base))
         if not names:
             raise InputError(f"{folder / WEIGHTS_FILE} holds no LoRA weights")
@@ -167,7 +174,13 @@ def _select(base: Base, targets: str | tuple[str, ...]) -> tuple[str, ...]:
     chosen: set[str] = set()
     for target in wanted:
         probe = PeftLoraConfig(target_modules=target if isinstance(targets, str) else [target])
-        found = {n for n in base.linear_names if check_target_module_exists(probe, n)}
+        try:
+            found = {n for n in base.linear_names if check_target_module_exists(probe, n)}
+        except re.error as error:
+            raise InputError(f"method.target_modules: '{target}' is not a regular expression: {error}") from error
+        refused = next((f"{n}: {why}" for n in sorted(found) if (why := base.refuses(n))), None)
+        if refused is not None:
+            raise InputError(f"method.target_modules: '{target}' means layers that cannot be adapted ({refused})")
         if not found:
             endings = sorted({n.rpartition(".")[2] for n in base.linear_names})
             raise InputError(f"method.target_modules: '{target}' matches no linear of '{base.name}'; it has {', '.join(endings)}")
@@ -207,12 +220,24 @@ def _read_adapter(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
     except (ValueError, TypeError, SafetensorError, OSError) as error:
         raise InputError(f"{folder}: cannot be read as an adapter: {error}") from error
     assert isinstance(config, PeftLoraConfig)
-    unsupported = [k for k in ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
-                   if getattr(config, k, None)]  # fmt: skip
-    strangers = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
+    unsupported = [k for k in _UNSUPPORTED if getattr(config, k, None)]
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _PLAIN_INITS:
+        unsupported.append(f"init_lora_weights={config.init_lora_weights} (it changes the base)")
+    strangers = [k for k in tensors if not k.endswith((*_FACTOR_ENDINGS, _KEPT_BASE))]
     if unsupported or strangers:
         raise InputError(f"{folder}: uses {', '.join(unsupported or strangers[:3])}, which snugtune does not support")
     return config, tensors
+
+
+def _drop_base_weights(folder: Path, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors alone. PEFT stores the weight of an adapted head too; that must be the base's own."""
+    for key, stored in tensors.items():
+        if key.endswith(_KEPT_BASE):
+            name = key.removeprefix(_PREFIX).removesuffix(_KEPT_BASE)
+            own = base.model.get_submodule(name).weight if name in base.linear_names else None
+            if not isinstance(own, Tensor) or own.shape != stored.shape or not torch.equal(own.cpu(), stored.to(own.dtype)):
+                raise InputError(f"{folder}: brings a weight for '{name}' that is not that of '{base.name}'; wrong base?")
+    return {k: v for k, v in tensors.items() if k.endswith(_FACTOR_ENDINGS)}
 
 
 def check_stamp(folder: Path, fingerprint: str, name: str) -> None:

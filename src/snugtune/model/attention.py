@@ -62,10 +62,11 @@ def varlen_attention(
     for start, end in pairwise(borders):
         q, k, v = query[0, :, start:end], key[0, :, start:end], value[0, :, start:end]
         if eager_only or end - start <= EAGER_MAX_LENGTH:
-            outputs.append(_eager(q, k, v, scale, sliding_window, softcap, s_aux, dropout))
+            out = _eager(q, k, v, scale, sliding_window, softcap, s_aux, dropout)
         else:
-            outputs.append(_sdpa(q, k, v, scale, sliding_window, dropout))
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
+            out = _sdpa(q, k, v, scale, sliding_window, dropout)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None  # contiguous, as some models take for granted
 
 
 def _causal(length: int, window: int | None, device: torch.device) -> Tensor:

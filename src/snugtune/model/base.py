@@ -4,6 +4,7 @@ Shapes: T tokens of a row, D model width, V vocabulary.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,12 @@ AttentionInterface.register(attention.NAME, attention.varlen_attention)
 _ROW_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 # Mixers that carry a state along the row.
 _STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hybrid", "chunked_attention")
+# What MoE families call the linear that chooses experts (it is also as wide as there are experts).
+_ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
+# The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
+_EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1"})
+_READ_PAST = frozenset({"out_proj", "dt_proj"})
 # Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
 _PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
@@ -45,6 +52,7 @@ class Base:
         self.router = Router()
         self.sites: dict[str, RoutedLinear] = {}
         self.frozen = False
+        self.body = _find_body(model)  # None: only the model as a whole can be called, and gives logits
         self.native_attention = str(model.config._attn_implementation)
         self.fingerprint = fingerprint(model)
         self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
@@ -94,7 +102,10 @@ class Base:
         return self.sites[name]
 
     def adaptable(self) -> tuple[str, ...]:
-        """What "all-linear" means: every linear but the output head, MoE routers and experts. As PEFT's, by name."""
+        """What "all-linear" means: every linear but the output head and, in an MoE, its routers and feed-forward layers.
+
+        PEFT reads the names of an MoE's feed-forward linears (shared experts, dense first layers) as the fused experts.
+        """
         experts = _count_experts(self.model)
         head = self.model.get_output_embeddings()
         names = []
@@ -102,10 +113,20 @@ class Base:
             module = self.model.get_submodule(name)
             inner = module.frozen if isinstance(module, RoutedLinear) else module
             is_head = inner is head or module is head
-            is_router = experts is not None and getattr(inner, "out_features", getattr(inner, "nf", None)) == experts
-            if not (is_head or is_router or ".experts." in f".{name}."):
+            wide_as_experts = getattr(inner, "out_features", getattr(inner, "nf", None)) == experts
+            is_router = wide_as_experts and _ROUTER_NAME.search(name) is not None
+            if not (is_head or is_router or self.refuses(name)):
                 names.append(name)
         return tuple(names)
+
+    def refuses(self, name: str) -> str | None:
+        """Why linear `name` must not carry an adapter, or None."""
+        leaf = name.rpartition(".")[2]
+        if self.model.config.model_type in _MAMBA_TYPES and leaf in _READ_PAST:
+            return "the model takes its weight as it lies, without calling it"
+        if self.moe and (leaf in _EXPERT_LEAVES or ".experts." in name):
+            return "PEFT would read it as the fused experts"
+        return None
 
     def configure(self, recompute: bool, head_rows: int) -> None:
         """Set the memory knobs: recompute each block in backward; rows of logits alive at once."""
@@ -113,7 +134,7 @@ class Base:
         if recompute:
             if not self.model.supports_gradient_checkpointing:
                 raise InputError(f"plan.recompute: '{self.name}' does not support recomputing its blocks; set it to none")
-            self.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.activation_checkpointing_disable()
 
@@ -147,17 +168,16 @@ class Base:
                        "max_length_q": longest, "max_length_k": longest}  # fmt: skip
         else:
             assert len(batch.lengths) == 1, "an unpackable model takes one sequence per forward"
-        if self.own_head:
-            return self.model(**inputs).logits[0]
         return self._body(**inputs)
 
     def _body(self, **inputs: object) -> Tensor:
-        """The decoder's last hidden states [T, D]; models that keep their residual in fp32 hand it to the head in theirs."""
-        return self.model.get_decoder()(**inputs).last_hidden_state[0].to(self.dtype)
+        """The body's last hidden states [T, D], or the model's logits; a residual kept in fp32 goes to the head in its dtype."""
+        if self.body is None:
+            return self.model(**inputs).logits[0]
+        return self.body(**inputs).last_hidden_state[0].to(self.dtype)
 
     def _prove_packing(self) -> str | None:
         """Two short sequences in one row against each alone with the model's own attention. None when they agree."""
-        self.own_head = False
         self.packable = True
         batch = _probe_batch(self.vocab_size, self.device)
         training = self.model.training
@@ -167,12 +187,12 @@ class Base:
             try:
                 self.model.set_attn_implementation(attention.NAME)
                 packed = self.hidden(batch)
-            except (ValueError, TypeError) as error:
+            except Exception as error:  # a model that breaks on packed rows is not packable, whatever the way it breaks
                 self.model.set_attn_implementation(self.native_attention)
-                return str(error).splitlines()[0]
+                return (str(error).splitlines() or [type(error).__name__])[0]
             finally:
                 self.model.train(training)
-        error = _relative(packed, torch.cat(alone))
+        error = _relative(packed, torch.cat(alone), per_token=self.moe)
         if error <= _PROOF_TOLERANCE[self.dtype]:
             return None
         self.model.set_attn_implementation(self.native_attention)
@@ -187,13 +207,15 @@ class Base:
         head = Head(project, Logits(scale=scale, softcap=cap), router=self.router)
         batch = _probe_batch(self.vocab_size, self.device)
         ids = batch.input_ids[:, : batch.lengths[0]]
-        training = self.model.training
         with torch.no_grad(), self.answering(None):
             own = self.model(input_ids=ids, use_cache=False).logits[0]
-            ours = head.logits(self._body(input_ids=ids, use_cache=False)) if project else None
-        self.model.train(training)
+            try:
+                ours = head.logits(self._body(input_ids=ids, use_cache=False)) if self.body is not None and project else None
+            except RuntimeError:  # its projection does not even fit the hidden states: the head is something else
+                ours = None
         if ours is not None and ours.shape == own.shape and _relative(ours, own) <= _PROOF_TOLERANCE[self.dtype]:
             return head, False
+        self.body = None
         return Head(None, Logits()), True
 
 
@@ -203,6 +225,13 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) 
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
     model, model_notes = load_model(source, config, plan.weights, plan.device, trust_remote_code)
     return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes))
+
+
+def _find_body(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The part that gives hidden states: `get_decoder()`, which guesses by names, or else the inner model without a head."""
+    candidates = (model.get_decoder(), model.base_model, *model.children())
+    inner = (m for m in candidates if isinstance(m, PreTrainedModel) and m is not model)
+    return next((m for m in inner if m.get_output_embeddings() is None), None)
 
 
 def _packing_obstacle(model: PreTrainedModel) -> str | None:
@@ -238,10 +267,14 @@ def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
     return Batch(ids[None].to(device), positions[None].to(device), lengths, ())
 
 
-def _relative(ours: Tensor, truth: Tensor) -> float:
-    """||ours - truth|| / ||truth||, in fp32 or better; infinite when not finite."""
+def _relative(ours: Tensor, truth: Tensor, per_token: bool = False) -> float:
+    """||ours - truth|| / ||truth|| in fp32 or better; infinite when not finite.
+
+    `per_token`: the median over tokens. In low precision rounding sends a few tokens of an MoE to other experts.
+    """
     a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (ours, truth))
-    error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+    dim = -1 if per_token else None
+    error = float(((a - b).norm(dim=dim) / b.norm(dim=dim).clamp_min(1e-30)).median())
     return error if error == error else float("inf")
 
 

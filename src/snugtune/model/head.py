@@ -126,12 +126,12 @@ class _FrozenNll(torch.autograd.Function):
                 dz = torch.exp(z - lse) if shape.softcap is not None else z.sub_(lse).exp_()
                 dz.scatter_add_(1, wanted, torch.full_like(lse, -1.0)).mul_(w)
                 dh[part] = layer.matmul_t(shape.derivative(dz, z).to(h.dtype))
-        ctx.dh = dh
+        ctx.save_for_backward(dh)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dh, ctx.dh = ctx.dh, None
+        (dh,) = ctx.saved_tensors
         # In fp32: 1 / (step size) rounded to bf16 would scale every gradient by up to 0.4 %.
         return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None

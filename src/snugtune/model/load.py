@@ -85,7 +85,8 @@ def load_model(
 
 def _silence_dropouts(config: Any) -> list[str]:
     """Set the base's own dropouts to 0: they draw from the global generator, which would tie jobs to one another."""
-    alive = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0}
+    values = config.to_dict().items()
+    alive = {k: v for k, v in values if ("drop" in k or "jitter" in k) and isinstance(v, float) and v > 0}
     for name in alive:
         setattr(config, name, 0.0)
     return [f"the base's own dropouts are off ({', '.join(sorted(alive))})"] if alive else []

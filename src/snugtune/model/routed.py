@@ -60,6 +60,10 @@ class RoutedLinear(nn.Module):
     def weight(self) -> Tensor:
         return self.frozen.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.frozen.bias
+
     def forward(self, x: Tensor) -> Tensor:
         active = [(s, self.slots[s.job]) for s in self.router.segments if s.job in self.slots]
         if not active:

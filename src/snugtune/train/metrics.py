@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snugtune.errors import StorageError
+from snugtune.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,21 @@ class MetricsFile:
     def __init__(self, path: Path, resume_at: Mapping[str, int] | None = None):
         self.path = path
         kept = [] if resume_at is None or not path.exists() else _up_to(path, resume_at)
+        write_whole(path, "".join(kept))
         try:
-            path.write_text("".join(kept), encoding="utf-8")
-            self._stream = path.open("a", encoding="utf-8")
+            self._stream = path.open("ab", buffering=0)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
     def write(self, metrics: StepMetrics) -> None:
-        line = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None and v is not False}
+        """Append one line, or none of it. Raises `StorageError`."""
+        fields = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None and v is not False}
+        line, start = (json.dumps(fields) + "\n").encode(), self.path.stat().st_size
         try:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
+            while line:
+                line = line[self._stream.write(line) :]
         except OSError as error:
+            os.ftruncate(self._stream.fileno(), start)
             raise StorageError(f"cannot write {self.path}: {error.strerror}; free space and run again") from error
 
     def sync(self) -> None:
