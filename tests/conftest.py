@@ -1,4 +1,4 @@
-"""What all tests share: tiny random models of many architectures, a tiny real tokenizer, a model folder, small helpers.
+"""What all tests share: tiny random models of many architectures, a tiny real tokenizer, a model folder, truths.
 
 Functions are imported (`from conftest import tiny_base`), fixtures are asked for by name. Nothing here needs a network.
 """

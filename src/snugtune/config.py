@@ -291,6 +291,6 @@ def _message(error: Any) -> str:
         text = f"unknown type '{error['ctx']['tag']}'; {f'did you mean {near[0]!r}? ' if near else ''}valid types: {wanted}"
     elif error["type"] == "missing":
         text = "required, but not given"
-    elif error["type"] not in ("value_error", "unknown_field") and not isinstance(error["input"], (dict, list)):
+    elif error["type"] not in ("value_error", "unknown_field", "no_switch") and not isinstance(error["input"], (dict, list)):
         text = f"{text[0].lower()}{text[1:]} (got {error['input']!r})"
     return f"{where}: {text}" if where else text

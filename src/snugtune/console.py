@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from snugtune.run import RunResult
-from snugtune.train.job import Job
-from snugtune.train.metrics import StepMetrics
+from snugtune.training.job import Job
+from snugtune.training.metrics import StepMetrics
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: a line at least this often, and at each evaluation."""

@@ -1,16 +1,18 @@
 """Writing to disk so that a crash or a full disk leaves either the old or the new, never half of one."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from snugtune.errors import StorageError
+from snugtune.errors import InputError, StorageError
 
 _UNFINISHED = ".part-"
 """What the names of files and folders begin with until they are whole."""
@@ -33,7 +35,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _sync(file)
         made.chmod(0o755)  # mkdtemp's 0700 is for secrets
         _swap(made, target)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not _refused(error):
+            raise
         raise StorageError(f"cannot write {target}: {_reason(error)}; free space or fix the folder, then run again") from error
     finally:
         if made is not None and made.exists():
@@ -91,6 +95,27 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `InputError` naming it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is what a killed process was still writing."""
+    return path.name.startswith((_UNFINISHED, _REPLACED))
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the disk refused a write. The Rust libraries say so in exceptions of their own."""
+    return isinstance(error, (OSError, SafetensorError)) or (type(error) is Exception and "(os error" in str(error))
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from snugtune.config import JobConfig, RunConfig, read_config
 from snugtune.errors import InputError
-from snugtune.files import write_whole
+from snugtune.files import is_leftover, read_json, write_whole
 from snugtune.memory.plan import Planned
 from snugtune.methods import METHODS
 from snugtune.methods.lora import CONFIG_FILE
@@ -53,7 +53,7 @@ class RunFolder:
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise InputError(f"output: {parent} is a file, so {path} cannot be made")
-        if not path.is_dir() or not any(path.iterdir()):
+        if not path.is_dir() or all(is_leftover(p) for p in path.iterdir()):
             return
         if not self.config.is_file():
             raise InputError(f"output: {path} is not empty and holds no run; give a new folder")
@@ -85,7 +85,7 @@ class Located:
 def locate(path: Path, adapter: str | None = None) -> Located:
     """Find what `path` (a run or PEFT adapter folder) holds; `adapter` picks a job of several. Raises `InputError`."""
     if (path / CONFIG_FILE).is_file():
-        name = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
         if not name:
             raise InputError(f"{path / CONFIG_FILE}: names no base model")
         return Located(name, path)

@@ -19,11 +19,11 @@ from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model
-from snugtune.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from snugtune.train.examples import read_job, tokenize_job
-from snugtune.train.job import Job, start_job
-from snugtune.train.metrics import MetricsFile, StepMetrics, read_metrics
-from snugtune.train.trainer import StopRequestedError, Trainer
+from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from snugtune.training.examples import read_job, tokenize_job
+from snugtune.training.job import Job, start_job
+from snugtune.training.metrics import MetricsFile, StepMetrics, read_metrics
+from snugtune.training.trainer import StopRequestedError, Trainer
 
 AUTO_CHECKPOINTS = 10
 """Checkpoints in a run that does not say how often."""

@@ -15,14 +15,17 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_strangers(cls, values: Any) -> Any:
+    def _name_misfits(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for key in values:
+        for key, value in values.items():
             if key not in cls.model_fields:
                 known = {name: name for name in cls.model_fields} | cls.elsewhere
                 near = known[difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]]
                 raise PydanticCustomError(
                     "unknown_field", "unknown field '{key}'; did you mean '{near}'?", {"key": key, "near": near}
                 )
+            if isinstance(value, bool) and cls.model_fields[key].annotation is not bool:  # it would pass for a number
+                given = {"key": key, "value": str(value)}
+                raise PydanticCustomError("no_switch", "'{key}' is no switch (got {value}); give a value", given)
         return values

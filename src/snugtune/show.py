@@ -10,7 +10,7 @@ from snugtune.console import Console
 from snugtune.data.mix import total_steps
 from snugtune.model.load import load_tokenizer
 from snugtune.model.source import find_model
-from snugtune.train.examples import JobData, read_job, tokenize_job
+from snugtune.training.examples import JobData, read_job, tokenize_job
 from snugtune.types import Example
 
 BUCKETS = 8

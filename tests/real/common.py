@@ -20,9 +20,9 @@ from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
 from snugtune.run import Observer, RunResult
 from snugtune.run import train as run_train
-from snugtune.train.examples import JobData
-from snugtune.train.job import Job, start_job
-from snugtune.train.trainer import Trainer
+from snugtune.training.examples import JobData
+from snugtune.training.job import Job, start_job
+from snugtune.training.trainer import Trainer
 from snugtune.types import Example, Plan, Recompute, Width
 
 IGNORE = -100

@@ -17,7 +17,7 @@ from snugtune.data.mix import step_indices
 from snugtune.errors import Interrupted
 from snugtune.methods.full import FullAttached
 from snugtune.run import Silent
-from snugtune.train.metrics import StepMetrics
+from snugtune.training.metrics import StepMetrics
 
 pytestmark = pytest.mark.real
 

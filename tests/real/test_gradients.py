@@ -1,6 +1,9 @@
 """Fused gradients against plain autograd of PEFT over the same weights, one tensor at a time."""
 
+import json
 from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import lora_gradients, peft_twin, relative, shake
-from real.common import accumulate, lora, mean_nll, mean_nll_one_by_one, one_job, peft_gradients, plan, whole
+from real.common import IGNORE, accumulate, lora, mean_nll, mean_nll_one_by_one, one_job, peft_gradients, plan, whole
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import ModelSource
 from snugtune.run import RunResult
@@ -37,13 +40,29 @@ def test_fp32_gradients_equal_autograd_of_a_padded_batch(base: Base, plain: Plai
     assert max(errors.values()) <= 2e-5, max(errors.items(), key=lambda e: e[1])
 
 
-def test_bf16_gradients_are_no_worse_than_plain_bf16(
-    demo: ModelSource, base: Base, plain: Plain, rows: Rows, trained: RunResult
-) -> None:
-    """Each sequence is a step of its own, at an adapter as training makes it (random factors upset the model, and with it
-    the comparison). The demo's weights are bf16 numbers, so in fp32 they are the same: those gradients are the truth."""
+def snippets(tokenizer: Any, count: int, length: int) -> Rows:
+    """The beginnings of the shipped messages, everything after the first tokens labelled."""
+    text = files("snugtune").joinpath("demo_data", "train.jsonl").read_text(encoding="utf-8")
+    asked = [json.loads(line)["messages"][0]["content"] for line in text.splitlines()[:count]]
+    found = [torch.tensor(tokenizer(message)["input_ids"][:length]) for message in asked]
+    assert len(found) == count and {len(ids) for ids in found} == {length}
+    return [(ids, torch.where(torch.arange(length) < 4, IGNORE, ids)) for ids in found]
+
+
+def typical(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Mean relative error of a step, without the worst fifth: now and then bf16 rounds this model's massive first token
+    the unlucky way, in PEFT as in ours, and a step is off by ten times as much."""
+    errors = sorted(relative(g, t) for g, t in zip(ours, truth, strict=True))
+    kept = errors[: len(errors) * 4 // 5]
+    return sum(kept) / len(kept)
+
+
+def test_bf16_gradients_are_no_worse_than_plain_bf16(demo: ModelSource, plain: Plain, trained: RunResult) -> None:
+    """Many steps of one sequence, at an adapter as training makes it. The demo's weights are bf16 numbers, so in fp32
+    they are the same: those gradients are the truth."""
     factors = load_file(trained.artefacts["default"] / "adapter_model.safetensors")
     narrow = load_base(demo, plan("bf16"))
+    rows = snippets(narrow.tokenizer, 48, 20)
     ours = []
     for row in rows:
         with one_job(narrow, plan("bf16"), [row]) as (trainer, job):
@@ -51,22 +70,18 @@ def test_bf16_gradients_are_no_worse_than_plain_bf16(
                 factor.copy_(factors[name])
             accumulate(trainer, job)
             ours.append(whole(lora_gradients(lora(job))))
-            twins = {} if row is not rows[-1] else {d: peft_twin(plain(d), lora(job)) for d in (torch.float32, torch.bfloat16)}
 
-    def steps(twin: PeftModel) -> list[Tensor]:
+    def peft(dtype: torch.dtype) -> list[Tensor]:
+        twin = PeftModel.from_pretrained(plain(dtype), str(trained.artefacts["default"]), is_trainable=True).train()
         found = []
         for row in rows:
-            twin.train().zero_grad()
+            twin.zero_grad()
             for part in mean_nll_one_by_one(twin, [row]):
                 part.backward()
             found.append(whole(peft_gradients(twin)))
         return found
 
-    truth, rival = steps(twins[torch.float32]), steps(twins[torch.bfloat16])
+    truth, rival = peft(torch.float32), peft(torch.bfloat16)
     assert all(g.dtype == torch.float32 for g in (*ours, *rival)), "adapters are fp32 in both"
-    error, plain_error = (
-        torch.tensor([relative(g, t) for g, t in zip(side, truth, strict=True)]).square().mean().sqrt().item()
-        for side in (ours, rival)
-    )
-    assert 1e-2 < plain_error < 0.3, "plain bf16 must be visibly and moderately off, or it is no yardstick"
-    assert error <= 1.1 * plain_error
+    assert 1e-2 < typical(rival, truth) < 0.2, "plain bf16 must be visibly and moderately off, or it is no yardstick"
+    assert typical(ours, truth) <= 1.1 * typical(rival, truth)

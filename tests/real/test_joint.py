@@ -9,9 +9,9 @@ from torch import Tensor
 
 from real.common import NoWatch, examples, job_config, lora, plan
 from snugtune.model.base import Base
-from snugtune.train.examples import JobData
-from snugtune.train.job import Job, start_job
-from snugtune.train.trainer import Trainer
+from snugtune.training.examples import JobData
+from snugtune.training.job import Job, start_job
+from snugtune.training.trainer import Trainer
 
 pytestmark = pytest.mark.real
 

@@ -125,7 +125,7 @@ def test_a_row_with_lengths_on_both_sides_of_the_limit(window: int | None) -> No
 def _call(**keywords: object) -> Tensor:
     q = torch.ones(1, 2, 4, 8)
     keywords = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 3, 4])} | keywords
-    return varlen_attention(nn.Identity(), q, q, q, **keywords)[0]  # pyright: ignore
+    return varlen_attention(nn.Identity(), q, q, q, **keywords)[0]
 
 
 def test_an_unknown_keyword_is_refused_by_name() -> None:
@@ -148,7 +148,7 @@ def test_borders_are_required() -> None:
     """Without them neighbours would see each other."""
     q = torch.ones(1, 2, 4, 8)
     with pytest.raises(TypeError, match="cu_seq_lens_q"):
-        varlen_attention(nn.Identity(), q, q, q, None)  # pyright: ignore
+        varlen_attention(nn.Identity(), q, q, q, None)
 
 
 @pytest.mark.parametrize("eager_max", [ALWAYS, NEVER], ids=["eager", "sdpa"])

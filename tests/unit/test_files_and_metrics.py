@@ -12,7 +12,7 @@ import pytest
 
 from snugtune.errors import StorageError
 from snugtune.files import remove_leftovers, whole_folder, write_whole
-from snugtune.train.metrics import MetricsFile, StepMetrics, read_metrics
+from snugtune.training.metrics import MetricsFile, StepMetrics, read_metrics
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -316,7 +316,7 @@ FULL_DISK_METRICS = """
     import os, resource, sys
     from pathlib import Path
     from snugtune.errors import StorageError
-    from snugtune.train.metrics import MetricsFile, StepMetrics
+    from snugtune.training.metrics import MetricsFile, StepMetrics
 
     path, kind = Path(sys.argv[1]), sys.argv[2]
     log = MetricsFile(path)

@@ -38,7 +38,7 @@ class Transient(FrozenLinear):
         self.handed_out: list[weakref.ref[Tensor]] = []
 
     @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def weight(self) -> Tensor:
         made = self.stored.clone()
         self.handed_out.append(weakref.ref(made))
         return made
@@ -401,7 +401,7 @@ def test_the_first_layer_needs_no_dx() -> None:
     (without(x) * torch.cos(torch.arange(OUT, dtype=x.dtype) + x[..., :1])).sum().backward()
     for job in "abc":
         assert without.slots[job].a.grad is not None
-        assert torch.equal(without.slots[job].a.grad, with_dx.slots[job].a.grad)  # pyright: ignore
+        assert torch.equal(without.slots[job].a.grad, with_dx.slots[job].a.grad)
 
 
 @pytest.mark.parametrize("job", ["a", "b", "c"])
@@ -410,9 +410,9 @@ def test_it_is_pefts_lora(job: str) -> None:
     site = _site((Segment(job, slice(None), 0),), jobs=job)
     slot, x = site.slots[job], _randn(T, IN)
     linear = nn.Linear(IN, OUT).double()
-    linear.weight.data, linear.bias.data = site.frozen.weight.clone(), site.frozen.bias.clone()  # pyright: ignore
-    config = peft.LoraConfig(r=RANKS[job], lora_alpha=slot.scale * RANKS[job])  # pyright: ignore
-    layer = peft.tuners.lora.layer.Linear(linear, "default", config, r=RANKS[job], lora_alpha=slot.scale * RANKS[job]).double()  # pyright: ignore
+    linear.weight.data, linear.bias.data = site.frozen.weight.clone(), site.frozen.bias.clone()
+    config = peft.LoraConfig(r=RANKS[job], lora_alpha=slot.scale * RANKS[job])
+    layer = peft.tuners.lora.layer.Linear(linear, "default", config, r=RANKS[job], lora_alpha=slot.scale * RANKS[job]).double()
     layer.lora_A["default"].weight.data = slot.a.detach().clone()
     layer.lora_B["default"].weight.data = slot.b.detach().clone()
     truth_x = x.clone().requires_grad_()
@@ -509,11 +509,11 @@ def test_recompute_draws_the_same_masks() -> None:
     x, kept, recomputed = _randn(T, IN), _site(SEGMENTS, dropout=0.4), _site(SEGMENTS, dropout=0.4)
     y, dx, grads = _run(kept, x)
     again = recomputed.forward
-    recomputed.forward = lambda x: checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+    recomputed.forward = lambda x: checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
     y2, dx2, grads2 = _run(recomputed, x)
     assert torch.equal(y, y2) and torch.equal(dx, dx2)
     for job in "abc":
-        assert all(torch.equal(one, two) for one, two in zip(grads[job], grads2[job], strict=True))  # pyright: ignore
+        assert all(torch.equal(one, two) for one, two in zip(grads[job], grads2[job], strict=True))
 
 
 # ---------------------------------------------------------------- routing

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import (
     lora_gradients,
@@ -50,6 +50,11 @@ def _peft_logits(folder: Path, arch: str, part: Tensor, **overrides: Any) -> Ten
         return twin(input_ids=part[None], use_cache=False).logits[0]
 
 
+def _wrapped(twin: nn.Module) -> set[str]:
+    """The modules that PEFT adapts in `twin`, by their names in the bare model."""
+    return {n.removeprefix("base_model.model.") for n, m in twin.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+
+
 def _saved(attached: LoraAttached, folder: Path) -> Path:
     folder.mkdir()
     attached.save(folder)
@@ -85,7 +90,7 @@ def test_initial_factors_are_those_of_get_peft_model(arch: str, init: Any, rslor
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for site in attached.sites:
-        assert base.sites[site].slots["j"].scale == twin.get_submodule(f"base_model.model.{site}").scaling["default"]  # pyright: ignore
+        assert base.sites[site].slots["j"].scale == twin.get_submodule(f"base_model.model.{site}").scaling["default"]
 
 
 def test_initial_factors_depend_on_the_seed_alone() -> None:
@@ -173,8 +178,7 @@ def test_targets_mean_what_they_mean_in_peft(arch: str, targets: str) -> None:
     attached = LORA.attach(tiny_base(arch), "j", LoraConfig(r=2, target_modules=wanted), 0)
     theirs = wanted if isinstance(wanted, str) else list(wanted)
     twin = peft.get_peft_model(tiny_model(arch), peft.LoraConfig(r=2, target_modules=theirs, task_type="CAUSAL_LM"))
-    chosen = {n.removeprefix("base_model.model.") for n, m in twin.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert set(attached.sites) == chosen != set()
+    assert set(attached.sites) == _wrapped(twin) != set()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,7 @@ PLAIN = {"r": 3, "lora_alpha": 5}
     ],
 )
 def test_a_saved_adapter_is_the_same_model_in_peft(arch: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """Loaded by `peft.PeftModel.from_pretrained` over a fresh copy, unmerged and merged by PEFT."""
+    """Loaded by `peft.PeftModel.from_pretrained` over a fresh copy, unmerged and merged by PEFT; no module more, none less."""
     base, (part,) = tiny_base(arch), sequences(12)
     attached = LORA.attach(base, "j", LoraConfig(**settings), 0)
     shake(attached)
@@ -229,6 +233,7 @@ def test_a_saved_adapter_is_the_same_model_in_peft(arch: str, settings: dict[str
     ours = _logits(base, part, "j")
     assert relative(ours, _logits(base, part, None)) > 1e-2  # the adapter does something
     torch.testing.assert_close(_peft_logits(folder, arch, part), ours, rtol=1e-5, atol=1e-5)
+    assert _wrapped(peft.PeftModel.from_pretrained(tiny_model(arch), str(folder))) == set(attached.sites)
     tied_head = arch in ("gpt2", "gemma2") and "lm_head" in settings.get("target_modules", ())
     if not tied_head:  # there PEFT would change the input embeddings too
         merged = peft.PeftModel.from_pretrained(tiny_model(arch), str(folder)).merge_and_unload()
@@ -439,7 +444,7 @@ def test_fingerprints_tell_weights_apart_and_nothing_else() -> None:
     assert {b.fingerprint for b in same} == {base.fingerprint}
     model = tiny_model("llama")
     with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.down_proj").weight.add_(0.01)  # pyright: ignore
+        model.get_submodule("model.layers.1.mlp.down_proj").weight.add_(0.01)
     others = [tiny_base(seed=1), tiny_base("qwen3"), Base(model, tiny_tokenizer(), "tiny-llama")]
     assert len({base.fingerprint, *(b.fingerprint for b in others)}) == 4
 

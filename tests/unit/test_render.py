@@ -355,6 +355,19 @@ def test_an_answer_that_fuses_with_what_follows_still_ends(ending: str):
     assert texts[1] == " Bye</s>"
 
 
+@pytest.mark.parametrize("trim_offsets", [True, False])
+@pytest.mark.parametrize("answer", ["Hello there.", "😀 yes", "1 2", "No"])
+def test_a_prompt_that_ends_with_a_space_costs_no_word(answer: str, trim_offsets: bool):
+    """The space fuses with the answer's first word, which is to be learned like the others: the space may come along."""
+    template = (
+        "{% for m in messages %}{{ 'Q: ' + m['content'] + '\n' if m['role'] == 'user' else 'A: ' + m['content'] + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    )
+    tokenizer = byte_level(template, trim_offsets=trim_offsets)
+    [(ids, weights)] = tokenised(tokenizer, talk("Hi", answer, "And?", answer))
+    assert [text.removeprefix(" ") for text in trained_texts(tokenizer, ids, weights)] == [answer + "</s>"] * 2
+
+
 def test_turns_after_the_last_answer_are_left_out():
     """A question nobody answered teaches nothing."""
     tokenizer = tokenizer_of(CHATML)

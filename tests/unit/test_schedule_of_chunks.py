@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snugtune.train.schedule import schedule
+from snugtune.training.schedule import schedule
 from snugtune.types import Chunk
 
 MANY = settings(deadline=None, derandomize=True, max_examples=200)

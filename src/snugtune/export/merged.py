@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from snugtune.data.render import Renderer
 from snugtune.errors import InputError
 from snugtune.files import whole_folder
 from snugtune.folder import locate
-from snugtune.methods.lora import check_stamp
+from snugtune.methods.lora import read_adapter
 from snugtune.model.base import fingerprint
-from snugtune.model.load import DTYPES, load_config, load_tokenizer
+from snugtune.model.frozen import FrozenLinear
+from snugtune.model.load import DTYPES, load_config, load_model, load_tokenizer
 from snugtune.model.source import find_model
 
 
@@ -27,10 +28,9 @@ def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | Non
     source = find_model(found.model, say)
     config = load_config(source, found.trust_remote_code)
     kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
-    model = AutoModelForCausalLM.from_pretrained(
-        source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=found.trust_remote_code
-    )
-    check_stamp(found.adapter, fingerprint(model), source.name)
+    model, _ = load_model(source, config, "fp32", "cpu", found.trust_remote_code)
+    layers = {name: module for name, module in model.named_modules() if FrozenLinear.takes(module)}
+    read_adapter(found.adapter, layers, source.name, fingerprint(model))  # PEFT would take another base's in silence
     say("merging the adapter into the base")
     merged = PeftModel.from_pretrained(model, str(found.adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
     merged.to(kept)

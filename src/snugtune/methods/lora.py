@@ -6,22 +6,25 @@ PEFT's, so that adapters travel both ways. Adapters are fp32 and are computed wi
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snugtune.errors import InputError
+from snugtune.files import read_json
 from snugtune.model.base import Base
+from snugtune.model.frozen import FrozenLinear
 from snugtune.model.routed import Slot
 from snugtune.schema import Config
 
@@ -53,6 +56,12 @@ class LoraConfig(Config):
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field(
         default="default", description="initial values, as PEFT's"
     )
+
+    @model_validator(mode="after")
+    def _even_where_needed(self) -> "LoraConfig":
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
+            raise ValueError(f"r: orthogonal initial values need an even rank (got {self.r})")
+        return self
 
     def to_peft(self, targets: list[str] | None = None) -> PeftLoraConfig:
         """The same settings in PEFT's words; `targets` are module names or endings."""
@@ -145,18 +154,11 @@ class Lora:
         return LoraAttached(base, job, peft_config, factors)
 
     def load(self, base: Base, job: str, folder: Path) -> LoraAttached:
-        """The factors of a PEFT adapter folder. Refuses another base's, unknown keys and features LoRA here lacks."""
-        config, tensors = _read_adapter(folder)
-        check_stamp(folder, base.fingerprint, base.name)
+        """The factors of a PEFT adapter folder, whatever `read_adapter` accepts."""
+        layers = {name: base.model.get_submodule(name) for name in base.linear_names}
+        config, factors = read_adapter(folder, layers, base.name, base.fingerprint)
         base.freeze()
-        tensors = _drop_base_weights(folder, base, tensors)
-        names = sorted({k.removeprefix(_PREFIX).rpartition(".lora_")[0] for k in tensors}, key=_order(base))
-        if not names:
-            raise InputError(f"{folder / WEIGHTS_FILE} holds no LoRA weights")
-        unknown = [n for n in names if n not in base.linear_names]
-        if unknown:
-            raise InputError(f"{folder}: '{base.name}' has no linear '{unknown[0]}' ({len(unknown)} such names); wrong base?")
-        return LoraAttached(base, job, config, {n: _matched(folder, base, n, config, tensors) for n in names})
+        return LoraAttached(base, job, config, factors)
 
 
 def _peft_targets(targets: str | tuple[str, ...]) -> str | list[str]:
@@ -206,14 +208,34 @@ def _initial(base: Base, name: str, config: PeftLoraConfig) -> Factors:
     return a.detach(), b.detach(), float(layer.scaling["default"])
 
 
-def _read_adapter(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
+def read_adapter(
+    folder: Path, layers: Mapping[str, nn.Module], base_name: str, fingerprint: str
+) -> tuple[PeftLoraConfig, dict[str, Factors]]:
+    """A PEFT adapter folder's config and factors for the linears `layers` of a base, in their order.
+
+    Raises `InputError` for another base's (by stamp, else by names and shapes), unknown keys, and features that LoRA here
+    lacks.
+    """
+    config, tensors = _read_files(folder)
+    _check_stamp(folder, base_name, fingerprint)
+    _check_base_weights(folder, layers, base_name, tensors)
+    found = {k.removeprefix(_PREFIX).rpartition(".lora_")[0] for k in tensors if k.endswith(_FACTOR_ENDINGS)}
+    if not found:
+        raise InputError(f"{folder / WEIGHTS_FILE} holds no LoRA weights")
+    unknown = sorted(found - layers.keys())
+    if unknown:
+        raise InputError(f"{folder}: '{base_name}' has no linear '{unknown[0]}' ({len(unknown)} such names); wrong base?")
+    return config, {name: _matched(folder, base_name, name, layers[name], config, tensors) for name in layers if name in found}
+
+
+def _read_files(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder} is not a PEFT adapter folder (no {file})")
+    raw = read_json(folder / CONFIG_FILE)
+    if raw.get("peft_type") != "LORA":
+        raise InputError(f"{folder / CONFIG_FILE}: peft_type {raw.get('peft_type')!r}; snugtune loads LORA adapters")
     try:
-        raw: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if raw.get("peft_type") != "LORA":
-            raise InputError(f"{folder / CONFIG_FILE}: peft_type {raw.get('peft_type')!r}; snugtune loads LORA adapters")
         config = PeftLoraConfig.from_pretrained(str(folder))
         with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
@@ -229,46 +251,34 @@ def _read_adapter(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _drop_base_weights(folder: Path, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The factors alone. PEFT stores the weight of an adapted head too; that must be the base's own."""
+def _check_base_weights(folder: Path, layers: Mapping[str, nn.Module], base_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """PEFT stores the weight of an adapted head too; it must be the base's own."""
     for key, stored in tensors.items():
         if key.endswith(_KEPT_BASE):
             name = key.removeprefix(_PREFIX).removesuffix(_KEPT_BASE)
-            own = base.model.get_submodule(name).weight if name in base.linear_names else None
+            own = layers[name].weight if name in layers else None
             if not isinstance(own, Tensor) or own.shape != stored.shape or not torch.equal(own.cpu(), stored.to(own.dtype)):
-                raise InputError(f"{folder}: brings a weight for '{name}' that is not that of '{base.name}'; wrong base?")
-    return {k: v for k, v in tensors.items() if k.endswith(_FACTOR_ENDINGS)}
+                raise InputError(f"{folder}: brings a weight for '{name}' that is not that of '{base_name}'; wrong base?")
 
 
-def check_stamp(folder: Path, fingerprint: str, name: str) -> None:
+def _check_stamp(folder: Path, base_name: str, fingerprint: str) -> None:
     """Refuse an adapter that says it was trained on other weights. One without a stamp is judged by its shapes alone."""
     stamp = folder / STAMP_FILE
-    if not stamp.is_file():
-        return
-    made_for = json.loads(stamp.read_text(encoding="utf-8"))
-    if made_for["base_fingerprint"] != fingerprint:
-        raise InputError(f"{folder}: this adapter was trained on other weights ('{made_for['base']}') than '{name}'")
+    if stamp.is_file():
+        made_for = read_json(stamp)
+        if made_for.get("base_fingerprint") != fingerprint:
+            raise InputError(f"{stamp}: this adapter was trained on other weights ('{made_for.get('base')}') than '{base_name}'")
 
 
 def _matched(
-    folder: Path, base: Base, name: str, config: PeftLoraConfig, tensors: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, float]:
+    folder: Path, base_name: str, name: str, layer: nn.Module, config: PeftLoraConfig, tensors: Mapping[str, Tensor]
+) -> Factors:
+    """The stored A and B of one site, checked against the base's shapes, and their scale."""
     a, b = (tensors.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
-    layer = base.model.get_submodule(name)
-    if (
-        a is None
-        or b is None
-        or a.shape[1:] != (layer.in_features,)
-        or b.shape[:1] != (layer.out_features,)
-        or len(a) != b.shape[1]
-    ):
-        raise InputError(f"{folder}: the weights for '{name}' do not fit '{base.name}'; wrong base?")
+    width_out, width_in = FrozenLinear.shape_of(layer)
+    if a is None or b is None or a.shape[1] != width_in or b.shape != (width_out, len(a)):
+        raise InputError(f"{folder}: the weights for '{name}' do not fit '{base_name}'; wrong base?")
     pattern = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
     scale = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
     return a, b, float(scale)
-
-
-def _order(base: Base) -> Any:
-    place = {n: i for i, n in enumerate(base.linear_names)}
-    return lambda name: (place.get(name, len(place)), name)

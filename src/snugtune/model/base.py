@@ -32,6 +32,7 @@ _STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hy
 _ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 _MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1"})
 _READ_PAST = frozenset({"out_proj", "dt_proj"})
 # Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
@@ -58,6 +59,7 @@ class Base:
         self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
         self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
         self.moe = _count_experts(model) is not None
+        self._check_causal()
         obstacle = _packing_obstacle(model) or self._prove_packing()
         self.packable = obstacle is None
         self.notes = notes
@@ -175,6 +177,24 @@ class Base:
         if self.body is None:
             return self.model(**inputs).logits[0]
         return self.body(**inputs).last_hidden_state[0].to(self.dtype)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The length of the model's table of learned positions; None for models that compute them."""
+        tables = (n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding) and _POSITION_TABLE.search(n))
+        return getattr(self.model.config, "max_position_embeddings", None) if next(tables, None) else None
+
+    def _check_causal(self) -> None:
+        """Later tokens must not change earlier states. Raises `InputError`: such a model knows the answers it is to learn."""
+        ids = _probe_batch(self.vocab_size, self.device).input_ids[:, :17]
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            whole, part = (self._body(input_ids=ids[:, :n], use_cache=False)[:9] for n in (17, 9))
+        self.model.train(training)
+        if _relative(part, whole, per_token=self.moe) > _PROOF_TOLERANCE[self.dtype]:
+            kind = self.model.config.model_type
+            raise InputError(f"model: '{self.name}' ({kind}) is not a causal language model: its tokens see those after them")
 
     def _prove_packing(self) -> str | None:
         """Two short sequences in one row against each alone with the model's own attention. None when they agree."""

@@ -35,6 +35,14 @@ class FrozenLinear(nn.Linear):
             return True
         return isinstance(module, nn.Linear) and not isinstance(module, FrozenLinear) and _computes_linear(module)
 
+    @staticmethod
+    def shape_of(module: nn.Module) -> tuple[int, int]:
+        """(out, in) of a linear, before or after it was taken over."""
+        if isinstance(module, Conv1D):
+            return module.nf, module.nx
+        assert isinstance(module.out_features, int) and isinstance(module.in_features, int)
+        return module.out_features, module.in_features
+
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """[out, in] in the compute dtype. Transient: use it and let it go."""

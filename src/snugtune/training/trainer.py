@@ -17,9 +17,9 @@ from torch import Tensor
 from snugtune.data.pack import MIN_ROWS, collate
 from snugtune.errors import DivergedError
 from snugtune.model.base import Base
-from snugtune.train.job import Job
-from snugtune.train.metrics import StepMetrics
-from snugtune.train.schedule import schedule
+from snugtune.training.job import Job
+from snugtune.training.metrics import StepMetrics
+from snugtune.training.schedule import schedule
 from snugtune.types import Batch, Chunk, Plan
 
 MAX_SKIPS = 10

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from snugtune.errors import InputError
-from snugtune.files import whole_folder
-from snugtune.train.job import Job
-from snugtune.train.metrics import StepMetrics
+from snugtune.files import read_json, whole_folder
+from snugtune.training.job import Job
+from snugtune.training.metrics import StepMetrics
 from snugtune.types import Plan
 
 FORMAT = 1
@@ -76,15 +76,14 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
     folders = _folders(root)
     if not folders:
         return None
+    newest = folders[-1]
     try:
-        state = json.loads((folders[-1] / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folders[-1]}: cannot be read as a checkpoint ({error}); delete it to go on from the one before"
-        ) from error
-    if state["format"] != FORMAT:
-        raise InputError(f"{folders[-1]}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
-    return Checkpoint(folders[-1], state["step"], Plan(**state["plan"]), state["jobs"], state["pending"])
+        state = read_json(newest / "run.json")
+        if state["format"] != FORMAT:
+            raise InputError(f"{newest}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
+        return Checkpoint(newest, state["step"], Plan(**state["plan"]), state["jobs"], state["pending"])
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{newest}: cannot be used ({error}); delete it to go on from the one before") from error
 
 
 def _folders(root: Path) -> list[Path]:

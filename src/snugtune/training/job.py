@@ -10,11 +10,12 @@ from torch import Tensor
 from snugtune.config import JobConfig
 from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
+from snugtune.errors import InputError
 from snugtune.methods import METHODS, Attached
 from snugtune.model.base import Base
 from snugtune.objectives import OBJECTIVES
 from snugtune.optim import learning_rate
-from snugtune.train.examples import JobData
+from snugtune.training.examples import JobData
 from snugtune.types import Chunk, Plan
 
 
@@ -92,6 +93,7 @@ class Job:
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0."""
+    _check_fits(base, config, data)
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
     return Job(
         config=config,
@@ -101,3 +103,20 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         capacity=plan.micro_batch * config.max_seq_len if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.weights == "fp16" else None,
     )
+
+
+def _check_fits(base: Base, config: JobConfig, data: JobData) -> None:
+    """Refuse tokens and lengths that the base has no embedding for."""
+    examples = (*data.train, *data.held_out)
+    longest = max(examples, key=lambda e: len(e.tokens))
+    if base.max_positions is not None and len(longest.tokens) > base.max_positions:
+        raise InputError(
+            f"max_seq_len: {longest.source} has {len(longest.tokens)} tokens, but '{base.name}' has {base.max_positions} "
+            f"positions; set max_seq_len to at most {base.max_positions}"
+        )
+    highest = max(examples, key=lambda e: int(e.tokens.max()))
+    if int(highest.tokens.max()) >= base.vocab_size:
+        raise InputError(
+            f"model: the tokenizer of '{base.name}' gives token {int(highest.tokens.max())} ({highest.source}), "
+            f"but the model has embeddings for {base.vocab_size}"
+        )
