@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
 from conftest import (
     ARCHS,
+    VOCAB,
     lora_gradients,
     nll_alone,
     nll_packed,
@@ -20,6 +22,7 @@ from conftest import (
     tiny_model,
     tiny_tokenizer,
 )
+from snugtune.errors import InputError
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.model.attention import NAME
 from snugtune.model.base import Base
@@ -108,6 +111,18 @@ def test_a_model_whose_packed_forward_breaks_is_unpackable() -> None:
     base = Base(model, tiny_tokenizer(), "breaking")
     assert not base.packable
     assert "shapes do not fit" in base.notes[0]
+
+
+def _bert(is_decoder: bool) -> PreTrainedModel:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96}
+    return AutoModelForCausalLM.from_config(BertConfig(vocab_size=VOCAB, is_decoder=is_decoder, **sizes)).eval()
+
+
+def test_a_model_that_sees_what_comes_after_is_refused() -> None:
+    """transformers offers BERT as a causal model; as an encoder it would learn to copy the next token and nothing else."""
+    with pytest.raises(InputError, match=r"'bert-ish'.*not a causal"):
+        Base(_bert(is_decoder=False), tiny_tokenizer(), "bert-ish")
+    assert Base(_bert(is_decoder=True), tiny_tokenizer(), "bert-ish").own_head
 
 
 def test_an_unpackable_base_takes_one_sequence_at_a_time() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from snugtune.data.render import Renderer
 from snugtune.errors import InputError
@@ -30,7 +31,8 @@ def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | Non
     kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
     model, _ = load_model(source, config, "fp32", "cpu", found.trust_remote_code)
     layers = {name: module for name, module in model.named_modules() if FrozenLinear.takes(module)}
-    read_adapter(found.adapter, layers, source.name, fingerprint(model))  # PEFT would take another base's in silence
+    _, factors = read_adapter(found.adapter, layers, source.name, fingerprint(model))  # PEFT takes another base's in silence
+    _untie_adapted_head(model, set(factors))
     say("merging the adapter into the base")
     merged = PeftModel.from_pretrained(model, str(found.adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
     merged.to(kept)
@@ -42,3 +44,12 @@ def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | Non
     with whole_folder(target) as made:
         merged.save_pretrained(made)
         tokenizer.save_pretrained(made)
+
+
+def _untie_adapted_head(model: PreTrainedModel, adapted: set[str]) -> None:
+    """A head that shares the input embeddings' weight gets its own, or merging would change the embeddings too."""
+    head = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is head), None)
+    if head is not None and name in adapted and model.config.tie_word_embeddings:
+        head.weight = nn.Parameter(head.weight.detach().clone())  # pyright: ignore[reportCallIssue, reportOptionalCall]
+        model.config.tie_word_embeddings = False

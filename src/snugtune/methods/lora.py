@@ -35,7 +35,7 @@ _PREFIX = "base_model.model."
 _FACTOR_ENDINGS = (".lora_A.weight", ".lora_B.weight")
 _KEPT_BASE = ".base_layer.weight"
 _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-                "alora_invocation_tokens", "target_parameters")  # fmt: skip
+                "alora_invocation_tokens", "use_bdlora", "kasa_config", "arrow_config", "target_parameters")  # fmt: skip
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva"})
 
 Factors = tuple[Tensor, Tensor, float]

@@ -33,7 +33,7 @@ _ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
-_MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1"})
+_MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 _READ_PAST = frozenset({"out_proj", "dt_proj"})
 # Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
 _PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
