@@ -102,13 +102,13 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     observer = observer or Silent()
     folder, jobs = RunFolder(Path(config.output)), config.resolved_jobs()
     folder.check(config)
+    remove_leftovers(folder.path)
     if folder.finished(jobs):
         observer.note(f"this run is finished; results are in {folder.path}")
         return _result(folder, jobs, already_finished=True)
     with stop_flag() as stop:
         session = prepare(config, observer, stop)
         folder.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.path)
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
         log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)

@@ -13,6 +13,9 @@ from torch import Tensor
 Width = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "blocks"]
 
+MIN_ROWS = 16
+"""Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""
+
 
 @dataclass(frozen=True)
 class Example:

@@ -10,9 +10,6 @@ import torch
 
 from snugtune.types import Batch, Chunk, Example, Segment
 
-MIN_ROWS = 16
-"""Rows below which CPU GEMMs may sum in another order; shorter batches get a filler sequence nobody scores."""
-
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: indices into `lengths`, grouped so that no group exceeds `capacity`.

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.routed import Router
-from snugtune.types import Segment
+from snugtune.types import MIN_ROWS, Segment
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,17 @@ class Head:
         """Log probability of each target: [n], fp32. Any head, training or adapted; chunks are recomputed in backward."""
 
         def score(rows: Tensor, wanted: Tensor, offset: int) -> Tensor:
-            return -F.cross_entropy(self.logits(rows, offset), wanted, reduction="none")
+            z = self.logits(_at_least_min(rows), offset)
+            return -F.cross_entropy(z[: len(rows)], wanted, reduction="none")
 
         starts = range(0, max(len(h), 1), self.rows_at_once)
         parts = [slice(start, start + self.rows_at_once) for start in starts]
         return torch.cat([_recomputed(score, h[part], targets[part], part.start) for part in parts])
+
+
+def _at_least_min(rows: Tensor) -> Tensor:
+    """Rows of zeros added up to `MIN_ROWS`; such rows are cut off again or weigh nothing."""
+    return F.pad(rows, (0, 0, 0, MIN_ROWS - len(rows))) if len(rows) < MIN_ROWS else rows
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -118,14 +124,15 @@ class _FrozenNll(torch.autograd.Function):
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for start in range(0, len(h), head.rows_at_once):
             part = slice(start, start + head.rows_at_once)
-            z = shape(layer.matmul(h[part]))
-            wanted, w = targets[part, None], weights[part, None].to(z.dtype)
+            rows = len(h[part])
+            z = shape(layer.matmul(_at_least_min(h[part])))
+            wanted, w = _at_least_min(targets[part, None]), _at_least_min(weights[part, None].to(z.dtype))
             lse = z.logsumexp(dim=-1, keepdim=True)
             total += ((lse - z.gather(1, wanted)) * w).sum()
             if dh is not None:
                 dz = torch.exp(z - lse) if shape.softcap is not None else z.sub_(lse).exp_()
                 dz.scatter_add_(1, wanted, torch.full_like(lse, -1.0)).mul_(w)
-                dh[part] = layer.matmul_t(shape.derivative(dz, z).to(h.dtype))
+                dh[part] = layer.matmul_t(shape.derivative(dz, z).to(h.dtype))[:rows]
         ctx.save_for_backward(dh)
         return total
 

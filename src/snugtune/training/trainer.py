@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snugtune.data.pack import MIN_ROWS, collate
+from snugtune.data.pack import collate
 from snugtune.errors import DivergedError
 from snugtune.model.base import Base
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.schedule import schedule
-from snugtune.types import Batch, Chunk, Plan
+from snugtune.types import MIN_ROWS, Batch, Chunk, Plan
 
 MAX_SKIPS = 10
 """Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
