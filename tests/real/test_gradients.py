@@ -50,8 +50,8 @@ def snippets(tokenizer: Any, count: int, length: int) -> Rows:
 
 
 def typical(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Mean relative error of a step, without the worst fifth: now and then bf16 rounds this model's massive first token
-    the unlucky way, in PEFT as in ours, and a step is off by ten times as much."""
+    """Mean relative error of a step, without the worst fifth: now and then a step in bf16 is off by ten times as much,
+    in PEFT as in ours, and one of those would decide alone."""
     errors = sorted(relative(g, t) for g, t in zip(ours, truth, strict=True))
     kept = errors[: len(errors) * 4 // 5]
     return sum(kept) / len(kept)
