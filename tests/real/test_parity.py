@@ -1,7 +1,6 @@
 """Training here is training as the textbook has it: the loss of every step, and where the weights end up."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from conftest import relative
-from real.common import RUN, mean_nll, train, write_data
+from real.common import RUN, mean_nll
 from snugtune.data.mix import step_indices
+from snugtune.run import RunResult
 
 pytestmark = pytest.mark.real
-
-RATE = 2e-4
-"""The default rate. Adam divides tiny gradients by their own size, so at five times the rate two correct fp32 loops part by
-2e-5 within six steps, through rounding alone."""
 
 
 def plain_loop(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor]]) -> tuple[PeftModel, list[dict[str, Any]]]:
@@ -27,7 +23,7 @@ def plain_loop(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor]]) -> tup
     torch.manual_seed(RUN["seed"])
     twin = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     weights = [p for p in twin.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(weights, **RUN["optimizer"])
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=RUN["steps"])
     twin.train()
     history = []
@@ -44,22 +40,19 @@ def plain_loop(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor]]) -> tup
 
 
 def test_twenty_steps_equal_a_plain_peft_loop(
-    plain: Callable[[torch.dtype], PreTrainedModel], rows: list[tuple[Tensor, Tensor]], tmp_path: Path
+    plain: Callable[[torch.dtype], PreTrainedModel], rows: list[tuple[Tensor, Tensor]], trained: RunResult
 ) -> None:
     """Both are seeded alike and nothing is copied over: initial adapter, targets, labels and clipping must all agree."""
     twin, truth = plain_loop(plain(torch.float32), rows)
-    fields = {**RUN, "optimizer": {"lr": RATE, "weight_decay": 0.01}}
-    trained = train(data=str(write_data(tmp_path / "data.jsonl")), output=str(tmp_path / "run"), **fields)
     ours = [m for m in trained.metrics if m["step"]]
 
     assert len(ours) == RUN["steps"]
     assert truth[-1]["loss"] < 0.8 * truth[0]["loss"], "nothing was learned, so agreeing says little"
     assert max(t["grad_norm"] for t in truth) > 1.0, "clipping must bite in some steps"
-    # Measured: 1e-5 holds to step 14, then 1.1e-5 was seen; the promise of 1e-5 over all twenty steps is not kept yet.
-    for key, tolerance, steps in (("lr", 1e-12, 20), ("loss", 1e-5, 12), ("loss", 5e-5, 20), ("grad_norm", 3e-4, 20)):
-        assert [m[key] for m in ours[:steps]] == [pytest.approx(t[key], rel=tolerance) for t in truth[:steps]], key
+    for key, tolerance in (("lr", 1e-12), ("loss", 1e-5), ("grad_norm", 2e-5)):
+        assert [m[key] for m in ours] == [pytest.approx(t[key], rel=tolerance) for t in truth], key
 
     saved = load_file(trained.artefacts["default"] / "adapter_model.safetensors")
     final = {k.replace(".default", ""): v for k, v in twin.state_dict().items() if ".lora_" in k}
     assert saved.keys() == final.keys()
-    assert max(relative(saved[k], final[k]) for k in final) <= 1e-2
+    assert max(relative(saved[k], final[k]) for k in final) <= 1e-3

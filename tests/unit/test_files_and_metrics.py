@@ -68,19 +68,28 @@ def test_an_exception_leaves_things_as_they_were(tmp_path: Path, error: BaseExce
         assert f"cannot write {target}" in str(raised.value)
 
 
-def test_a_refused_rename_leaves_the_old_folder_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The last thing that can go wrong is the rename itself."""
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_refused_rename_leaves_the_old_folder_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int):
+    """The last thing that can go wrong is a rename itself: the first or, where the old folder is put aside, the second."""
     target = tmp_path / "made"
     target.mkdir()
     (target / "a").write_text("old")
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(5, "Input/output error")
+    renames, calls = {name: getattr(os, name) for name in ("rename", "replace")}, []
+
+    def refusing(name: str):
+        def rename(*arguments: object) -> None:
+            calls.append(arguments)
+            if len(calls) == refused:
+                raise OSError(5, "Input/output error")
+            renames[name](*arguments)
+
+        return rename
 
     with suppress(StorageError), whole_folder(target) as made:
         (made / "a").write_text("new")
-        for name in ("rename", "replace"):
-            monkeypatch.setattr(os, name, refuse)
+        for name in renames:
+            monkeypatch.setattr(os, name, refusing(name))
     assert contents(tmp_path) in ({"made/a": "old"}, {"made/a": "new"})
     assert os.listdir(tmp_path) == ["made"]
 
@@ -351,4 +360,5 @@ def test_a_full_disk_loses_no_metrics(tmp_path: Path, kind: str):
     assert done.returncode == 7, done.stderr
     assert f"cannot write {path}: " in done.stdout
     assert steps_of(path) == [("default", n) for n in range(1, 11)]
+    assert path.read_text().count("\n") == 10 and path.read_text().endswith("\n"), "no part of a line stays"
     assert os.listdir(tmp_path) == ["m.jsonl"]

@@ -168,7 +168,7 @@ def test_no_rows_is_no_loss(road: Any) -> None:
 
 def test_rows_at_once_bounds_the_logits() -> None:
     """No tensor of more than rows_at_once x V is ever made by either road, forward or backward."""
-    case, limit = _case(), 5
+    case, limit = _case(n=50), 20
     head = _frozen_head(case, 1.0, 4.0, rows=limit)
     weight = case.weight.untyped_storage().data_ptr()
 

@@ -82,12 +82,12 @@ class Renderer:
         return ids, [1.0 if n >= 0 and place <= (ends[n] or 0) else 0.0 for place, n in enumerate(owners)]
 
     def _encode(self, text: str, start: int, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Ids of `text`, which begins at character `start`, and for each the span that holds all of it (-1: none)."""
+        """Ids of `text`, which begins at character `start`, and for each the span that it belongs to (-1: none)."""
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        local = [(low - start, high - start) for low, high in spans]
         owners = []
-        for first, last in coded["offset_mapping"]:
-            holding = (n for n, (low, high) in enumerate(spans) if low <= start + first and start + last <= high)
-            owners.append(next(holding, -1))
+        for token in coded["offset_mapping"]:
+            owners.append(next((n for n, span in enumerate(local) if _belongs(text, token, span)), -1))
         return coded["input_ids"], owners
 
     def _end_of(self, span: int, ids: list[int], owners: list[int]) -> int | None:
@@ -113,6 +113,13 @@ class Renderer:
                 weights.append(1.0)
             start = cut
         return ids, weights
+
+
+def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
+    """Whether a token lies in the span, save for blanks before it that the tokenizer joined with the span's first word."""
+    (first, last), (low, high) = token, span
+    blanks, inside = text[first : max(first, low)], text[max(first, low) : last]
+    return last <= high and (not blanks or (blanks.isspace() and bool(inside.strip())))
 
 
 def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:

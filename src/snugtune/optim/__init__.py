@@ -5,9 +5,19 @@ from typing import Annotated
 from pydantic import Field
 
 from snugtune.optim.adamw import AdamWConfig
+from snugtune.optim.clip import clip_grad_norm
 from snugtune.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, learning_rate
 
 OptimizerConfig = AdamWConfig
 ScheduleConfig = Annotated[ConstantConfig | LinearConfig | CosineConfig, Field(discriminator="type")]
 
-__all__ = ["AdamWConfig", "ConstantConfig", "CosineConfig", "LinearConfig", "OptimizerConfig", "ScheduleConfig", "learning_rate"]
+__all__ = [
+    "AdamWConfig",
+    "ConstantConfig",
+    "CosineConfig",
+    "LinearConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "clip_grad_norm",
+    "learning_rate",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 from snugtune.data.pack import collate
 from snugtune.errors import DivergedError
 from snugtune.model.base import Base
+from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.schedule import schedule
@@ -145,7 +146,7 @@ class Trainer:
         if job.scaler is not None:
             job.scaler.unscale_(job.optimizer)
         limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(job.attached.parameters(), limit))
+        norm = float(clip_grad_norm(job.attached.parameters(), limit))
         finite = math.isfinite(norm)
         if job.scaler is not None:
             job.scaler.step(job.optimizer)  # skips by itself when a gradient is not finite
