@@ -262,7 +262,7 @@ def _child(place: Any, key: str, override: str) -> Any:
     if inner is None:
         inner = place[key] = {}
     elif isinstance(inner, str):
-        inner = place[key] = {"type": inner}  # `schedule: cosine`, then --set schedule.warmup=0.1
+        inner = place[key] = {"path" if key == "data" else "type": inner}  # `schedule: cosine`, --set schedule.warmup=0.1
     return inner
 
 

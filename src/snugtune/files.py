@@ -10,12 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from snugtune.errors import InputError, StorageError
 
 _UNFINISHED = ".part-"
 """What the names of files and folders begin with until they are whole."""
+_LOCK = ".lock"
+"""The file that the process holds which is writing in a folder."""
 _REPLACED = ".old-"
 """What the name of a folder begins with while the one that replaces it takes its place."""
 
@@ -75,6 +78,26 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Nobody else may write in `folder` inside the block; the claim ends with the process, however that ends.
+
+    Raises `InputError` when another process holds it.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"output: another process is training in {folder}; wait for it, or give a new folder") from error
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / _LOCK}: {_reason(error)}") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it looks again
+        lock.release()
+
+
 def write_whole(target: Path, text: str) -> None:
     """Write one text file, all or nothing. Raises `StorageError`."""
     made = target.with_name(f"{_UNFINISHED}{target.name}")
@@ -109,8 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is what a killed process was still writing."""
-    return path.name.startswith((_UNFINISHED, _REPLACED))
+    """Whether `path` is what a killed process was still writing, or its claim."""
+    return path.name == _LOCK or path.name.startswith((_UNFINISHED, _REPLACED))
 
 
 def _refused(error: Exception) -> bool:

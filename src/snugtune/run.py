@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ import torch
 
 from snugtune.config import JobConfig, RunConfig
 from snugtune.errors import InputError, Interrupted
-from snugtune.files import remove_leftovers, whole_folder, write_whole
+from snugtune.files import claimed, remove_leftovers, whole_folder, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
@@ -102,13 +102,18 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     observer = observer or Silent()
     folder, jobs = RunFolder(Path(config.output)), config.resolved_jobs()
     folder.check(config)
-    remove_leftovers(folder.path)
     if folder.finished(jobs):
         observer.note(f"this run is finished; results are in {folder.path}")
         return _result(folder, jobs, already_finished=True)
-    with stop_flag() as stop:
+    with stop_flag() as stop, ExitStack() as claims:
+        fresh = not folder.path.is_dir()
+        if not fresh:
+            claims.enter_context(claimed(folder.path))
+            remove_leftovers(folder.path)
         session = prepare(config, observer, stop)
-        folder.path.mkdir(parents=True, exist_ok=True)
+        if fresh:  # only now: input that is refused leaves nothing behind
+            folder.path.mkdir(parents=True, exist_ok=True)
+            claims.enter_context(claimed(folder.path))
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
         log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)

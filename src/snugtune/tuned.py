@@ -8,7 +8,7 @@ from typing import Any
 from snugtune.data.render import Renderer
 from snugtune.folder import locate
 from snugtune.memory.plan import plan_for_answers
-from snugtune.methods.lora import Lora
+from snugtune.methods.lora import UNSTAMPED, Lora, is_stamped
 from snugtune.model.base import Base, load_base
 from snugtune.model.generate import Sampling, generate
 from snugtune.model.source import Say, find_model, mute
@@ -48,8 +48,12 @@ def load(path: Path, adapter: str | None = None, say: Say = mute) -> Tuned:
     """Load a run folder (`adapter` picks a job) or a PEFT adapter folder. Raises `InputError`."""
     found = locate(path, adapter)
     base = load_base(find_model(found.model, say), plan_for_answers(), found.trust_remote_code)
+    for note in base.notes:
+        say(f"model: {note}")
     job = None
     if found.adapter is not None:
         job = found.adapter.name
         Lora().load(base, job, found.adapter)
+        if not is_stamped(found.adapter):
+            say(UNSTAMPED)
     return Tuned(base, job, Renderer(base.tokenizer))

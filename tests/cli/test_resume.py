@@ -33,6 +33,8 @@ from common import (
     write_lines,
 )
 
+from snugtune.files import claimed
+
 STEPS = 40
 RECORDS = [messages(f"What about {i}?", f"It is {i * i}, or so.", "Sure?", "Yes" + "!" * (i % 4)) for i in range(24)]
 LONG_ANSWERS = [messages(f"What about {i}?", "Because " + "and so on " * 6) for i in range(40)]
@@ -220,6 +222,30 @@ def test_the_number_of_threads_goes_on(place: Path, truth: Path) -> None:
     assert ran.code == 0, ran.err
     assert_same_run(place / "run", truth)
     assert (place / "run/plan.json").read_text().count('"threads": 1') == 1
+
+
+def test_changed_data_is_not_trained_on_unnoticed(place: Path, truth: Path) -> None:
+    """The config names the same file, but what it holds is something else; brought back, the run goes on."""
+    killed_after(place, 8)
+    write_lines(place / "data.jsonl", RECORDS[::-1])
+    before = contents(place / "run")
+    assert_refused(train(place), "data: the examples of job 'default' are not those")
+    assert contents(place / "run") == before
+    write_lines(place / "data.jsonl", RECORDS)
+    resumed(place)
+    assert_same_run(place / "run", truth)
+
+
+def test_a_folder_has_one_writer(place: Path, truth: Path) -> None:
+    """A second process is refused while the first trains; the first does not notice, and leaves no lock behind."""
+    killed_after(place, 8)
+    with claimed(place / "run"):
+        before = contents(place / "run")
+        assert_refused(train(place), "another process is training in run")
+        assert contents(place / "run") == before
+    resumed(place)
+    assert_same_run(place / "run", truth)
+    assert not (place / "run/.lock").exists()
 
 
 # --- what is left lying about -----------------------------------------------------------------------------------------

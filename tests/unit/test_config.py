@@ -337,6 +337,14 @@ def test_an_override_reaches_into_a_shorthand(config_file):
     assert (c.schedule, c.method) == (CosineConfig(warmup=0.1), LoraConfig(r=3))
 
 
+def test_an_override_reaches_into_a_path(config_file):
+    """`data: d.jsonl` is `data: {path: d.jsonl}`."""
+    (source,) = with_set(config_file, "data.format=sharegpt").data
+    assert (source.path, source.format) == ("d.jsonl", "sharegpt")
+    (source,) = with_set(config_file, "data.path=e.jsonl").data
+    assert source.path == "e.jsonl"
+
+
 def test_an_override_leaves_its_neighbours_alone(config_file):
     c = with_set(config_file, "method.r=3", text=TEXT + "method: {type: lora, r: 4, lora_alpha: 32}\n")
     assert c.method == LoraConfig(r=3, lora_alpha=32)

@@ -342,6 +342,18 @@ def test_peft_adapters_of_other_architectures_load(arch: str, dtype: torch.dtype
     torch.testing.assert_close(_logits(base, part, "j"), _peft_logits(folder, arch, part), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["stored-fp32", "stored-bf16"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["base-fp32", "base-bf16"])
+def test_the_heads_weight_may_have_been_rounded(base: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
+    """PEFT keeps an adapted head's own weight too, in the number format its base had."""
+    folder = _peft_made(tmp_path / "theirs", "llama", target_modules=["lm_head"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert any("base_layer" in name for name in tensors)
+    save_file({k: v.to(stored) if "base_layer" in k else v for k, v in tensors.items()}, file)
+    assert LORA.load(tiny_base(dtype=base), "j", folder).sites == ["lm_head"]
+
+
 def _edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

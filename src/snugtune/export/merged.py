@@ -12,7 +12,7 @@ from snugtune.data.render import Renderer
 from snugtune.errors import InputError
 from snugtune.files import whole_folder
 from snugtune.folder import locate
-from snugtune.methods.lora import read_adapter
+from snugtune.methods.lora import UNSTAMPED, is_stamped, read_adapter
 from snugtune.model.base import fingerprint
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.load import DTYPES, load_config, load_model, load_tokenizer
@@ -32,6 +32,8 @@ def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | Non
     model, _ = load_model(source, config, "fp32", "cpu", found.trust_remote_code)
     layers = {name: module for name, module in model.named_modules() if FrozenLinear.takes(module)}
     _, factors = read_adapter(found.adapter, layers, source.name, fingerprint(model))  # PEFT takes another base's in silence
+    if not is_stamped(found.adapter):
+        say(UNSTAMPED)
     _untie_adapted_head(model, set(factors))
     say("merging the adapter into the base")
     merged = PeftModel.from_pretrained(model, str(found.adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]

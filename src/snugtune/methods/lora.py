@@ -31,6 +31,7 @@ from snugtune.schema import Config
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 STAMP_FILE = "snugtune.json"
+UNSTAMPED = "adapter: it does not say which weights it was trained on; it was matched by its names and shapes alone"
 _PREFIX = "base_model.model."
 _FACTOR_ENDINGS = (".lora_A.weight", ".lora_B.weight")
 _KEPT_BASE = ".base_layer.weight"
@@ -257,14 +258,25 @@ def _check_base_weights(folder: Path, layers: Mapping[str, nn.Module], base_name
         if key.endswith(_KEPT_BASE):
             name = key.removeprefix(_PREFIX).removesuffix(_KEPT_BASE)
             own = layers[name].weight if name in layers else None
-            if not isinstance(own, Tensor) or own.shape != stored.shape or not torch.equal(own.cpu(), stored.to(own.dtype)):
+            if not isinstance(own, Tensor) or not _equal_as_stored(own.cpu(), stored):
                 raise InputError(f"{folder}: brings a weight for '{name}' that is not that of '{base_name}'; wrong base?")
 
 
+def _equal_as_stored(a: Tensor, b: Tensor) -> bool:
+    """Equality in the narrower of both number formats: either side may have been rounded on its way here."""
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return a.shape == b.shape and torch.equal(a.to(narrow), b.to(narrow))
+
+
+def is_stamped(folder: Path) -> bool:
+    """Whether an adapter folder says which weights it was trained on; others are judged by names and shapes alone."""
+    return (folder / STAMP_FILE).is_file()
+
+
 def _check_stamp(folder: Path, base_name: str, fingerprint: str) -> None:
-    """Refuse an adapter that says it was trained on other weights. One without a stamp is judged by its shapes alone."""
+    """Refuse an adapter that says it was trained on other weights."""
     stamp = folder / STAMP_FILE
-    if stamp.is_file():
+    if is_stamped(folder):
         made_for = read_json(stamp)
         if made_for.get("base_fingerprint") != fingerprint:
             raise InputError(f"{stamp}: this adapter was trained on other weights ('{made_for.get('base')}') than '{base_name}'")

@@ -31,7 +31,7 @@ def varlen_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seq_lens_q: Tensor,
+    cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
@@ -53,6 +53,8 @@ def varlen_attention(
         raise ValueError(f"attention got keywords it does not understand: {', '.join(strangers)}")
     if attention_mask is not None:
         raise ValueError("attention got a mask; padding-free rows are separated by cu_seq_lens_q alone")
+    if cu_seq_lens_q is None:
+        raise ValueError("the model does not pass the sequence borders on to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda and softcap is None and s_aux is None and not dropout and query.dtype != torch.float32:
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
@@ -88,7 +90,7 @@ def _eager(
     if sinks is not None:  # one more key per head that draws probability and gives nothing
         column = sinks.to(scores.dtype).view(kv_heads, -1, 1, 1).expand(-1, -1, length, 1)
         scores = torch.cat([scores, column], dim=-1)
-    probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :length]
+    probs = F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)[..., :length]
     probs = F.dropout(probs, dropout)
     return (probs.reshape(kv_heads, -1, length) @ v).view(heads, length, v.shape[-1])
 

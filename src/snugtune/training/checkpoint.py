@@ -20,7 +20,7 @@ from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import Plan
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,12 @@ class Checkpoint:
     pending: list[dict[str, Any]]  # metrics of steps whose evaluation was not done yet
 
     def restore(self, job: Job) -> None:
-        """Bring a freshly started job to where it stood."""
+        """Bring a freshly started job to where it stood. Raises `InputError` when its data is not what it was."""
+        if self.jobs[job.name]["data"] != job.data.fingerprint:
+            raise InputError(
+                f"data: the examples of job '{job.name}' are not those that {self.folder} was trained on (a file, the "
+                "tokenizer or the chat template has changed); bring them back, or give a new output folder"
+            )
         try:
             tensors = load_file(self.folder / f"{job.name}.safetensors")
         except (OSError, SafetensorError) as error:

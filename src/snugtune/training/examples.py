@@ -1,7 +1,9 @@
 """A job's data, from the files its config names to tokens."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from snugtune.config import JobConfig
@@ -31,6 +33,18 @@ class JobData:
     train: tuple[Example, ...]
     held_out: tuple[Example, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the examples, their order and what is trained in them."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.train, self.held_out):
+            digest.update(len(part).to_bytes(8, "little"))
+            for example in part:
+                digest.update(len(example.tokens).to_bytes(8, "little"))
+                digest.update(example.tokens.numpy().tobytes())
+                digest.update(example.weights.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_job(job: JobConfig) -> JobText:

@@ -76,7 +76,8 @@ class Job:
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return tensors, {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "scaler": scaler}
+        numbers = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "scaler": scaler}
+        return tensors, numbers | {"data": self.data.fingerprint}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
