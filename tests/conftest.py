@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait without spinning: tests share their cores with the processes they start (read when torch loads).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that hardly spin while they wait: tests share their cores with the processes they start (read when torch loads).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test that wants the hub must fail at once
 
 import pytest

@@ -1,6 +1,5 @@
 """The `snugtune` command: thin, no logic. Everything heavy is imported by the command that needs it."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +127,4 @@ def data_show(
 
 def main() -> None:
     """Entry point of the `snugtune` command and of `python -m snugtune`."""
-    # Read when torch loads: threads that spin while they wait bring a shared machine to a crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="snugtune")

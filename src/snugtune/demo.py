@@ -37,9 +37,9 @@ def demo_config(output: Path) -> RunConfig:
             "validation": str(data / "heldout.jsonl"),
             "max_seq_len": 256,
             "method": {"type": "lora", "r": 16, "lora_alpha": 32},
-            "batch_size": 8,
-            "epochs": 3,
-            "optimizer": {"lr": 1e-3},
+            "batch_size": 6,
+            "epochs": 2,
+            "optimizer": {"lr": 1.2e-3},
             "schedule": {"type": "cosine", "warmup": 0.1},
             "output": str(output),
         }

@@ -66,7 +66,7 @@ RUN: dict[str, Any] = {
     "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
     "schedule": {"type": "cosine", "warmup": 0.1},
     "max_grad_norm": 1.0,
-    "plan": {"weights": "fp32"},
+    "plan": {"weights": "fp32", "micro_batch": 1},
 }
 """The run of the `trained` fixture, less its data and output. Two sequences fit a chunk, so each step is cut in two."""
 

@@ -9,6 +9,8 @@ from snugtune.errors import InputError
 from snugtune.types import Plan, Width
 
 HEAD_ROWS = 512
+FULL_FORWARD = 512
+"""Tokens that a forward should at least have room for: with fewer, matrix products on CPU lose a fifth of their speed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ def make_plan(config: RunConfig) -> Planned:
     """Choose the knobs. Raises `InputError` for a pin that this device cannot serve."""
     device = _device(config.device)
     weights, why_weights = _weights(config.plan, device)
-    micro_batch = 1 if config.plan.micro_batch == "auto" else config.plan.micro_batch
+    longest = max(job.max_seq_len for job in config.resolved_jobs())
+    micro_batch = max(1, FULL_FORWARD // longest) if config.plan.micro_batch == "auto" else config.plan.micro_batch
     recompute = "none" if config.plan.recompute == "auto" else config.plan.recompute
     plan = Plan(device, weights, micro_batch, recompute, HEAD_ROWS, torch.get_num_threads())
     name = torch.cuda.get_device_name() if device == "cuda" else f"{plan.threads} threads"
