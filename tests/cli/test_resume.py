@@ -228,6 +228,7 @@ def test_changed_data_is_not_trained_on_unnoticed(place: Path, truth: Path) -> N
     """The config names the same file, but what it holds is something else; brought back, the run goes on."""
     killed_after(place, 8)
     write_lines(place / "data.jsonl", RECORDS[::-1])
+    (place / "run/.lock").unlink()  # the killed process' own
     before = contents(place / "run")
     assert_refused(train(place), "data: the examples of job 'default' are not those")
     assert contents(place / "run") == before
