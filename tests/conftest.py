@@ -67,6 +67,10 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     # experts
     "mixtral": ("MixtralConfig", _HEADS | {"num_local_experts": 4}),
     "qwen3moe": ("Qwen3MoeConfig", _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "qwen2moe": (
+        "Qwen2MoeConfig",
+        _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
     "hunyuan": ("HunYuanMoEV1Config", _HEADS | {"num_experts": 4, "moe_topk": 2}),
     "phimoe": ("PhimoeConfig", _GROUPED | {"num_local_experts": 4}),
     "afmoe": (

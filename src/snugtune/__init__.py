@@ -34,11 +34,12 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path) -> RunResult:
     return run_train(read_config(config) if isinstance(config, (str, Path)) else to_config(config))
 
 
-def load(run: str | Path, adapter: str | None = None) -> Tuned:
+def load(run: str | Path, adapter: str | None = None, trust_remote_code: bool = False) -> Tuned:
     """Load what a run trained, ready to answer: a run folder, or a PEFT adapter folder.
 
-    `adapter` picks a job of a run that trained several. Raises `snugtune.errors.InputError` for anything else.
+    `adapter` picks a job of a run that trained several; `trust_remote_code` lets code run that
+    comes with the model. Raises `snugtune.errors.InputError` for anything else.
     """
     from snugtune.tuned import load as load_tuned
 
-    return load_tuned(Path(run), adapter)
+    return load_tuned(Path(run), adapter, trust_remote_code=trust_remote_code)

@@ -32,6 +32,9 @@ app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML config")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=VALUE", help="override a config field; repeatable")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run code that comes with the model; only for sources you trust")
+]
 Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run trained several")]
 
 
@@ -83,6 +86,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="draw from the likeliest tokens up to this probability")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk to what a run trained."""
     console = _console()
@@ -90,7 +94,7 @@ def chat(
     from snugtune.model.generate import Sampling
     from snugtune.tuned import load
 
-    tuned = load(run, adapter, console.note)
+    tuned = load(run, adapter, console.note, trust_remote_code)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     answer_once(tuned, prompt, sampling) if prompt is not None else converse(tuned, sampling, console)
 
@@ -102,12 +106,13 @@ def export(
     output: Annotated[Path | None, typer.Option(help="folder to write (default: RUN/merged)")] = None,
     adapter: Adapter = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: the base's own)")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write what a run trained in another form."""
     console = _console()
     from snugtune.export import export as write
 
-    written = write(run, to, output, adapter, dtype, console.note)
+    written = write(run, to, output, adapter, dtype, console.note, trust_remote_code)
     console.say(f"written: {written}")
 
 

@@ -37,7 +37,8 @@ class Console:
         self.err = RichConsole(stderr=True, highlight=False)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._last_line = 0.0
+        self._lines: dict[str, float] = {}  # when each job last had a plain line
+        self._began: dict[str, tuple[float, int]] = {}  # when each job began here, and after which step
 
     def note(self, text: str) -> None:
         self.err.print(Text("  " + text, style="dim"), soft_wrap=True)
@@ -54,6 +55,7 @@ class Console:
         return rich_track(items, description=f"  {what}", console=self.err, transient=True)
 
     def begin(self, jobs: Sequence[Job]) -> None:
+        self._began = {job.name: (time.monotonic(), job.step) for job in jobs}
         if not self.err.is_terminal:
             return
         self._progress = Progress(
@@ -78,15 +80,20 @@ class Console:
             self.note(f"{metrics.job}: step {metrics.step} skipped, its gradient was not finite")
         if self._progress is not None:
             self._progress.update(self._tasks[metrics.job], completed=metrics.step, facts=facts)
-        elif metrics.loss is not None and (
-            time.monotonic() - self._last_line > PLAIN_SECONDS or metrics.step == metrics.total_steps
-        ):
-            self._last_line = time.monotonic()
-            left = (metrics.total_steps - metrics.step) * metrics.tokens / (metrics.tokens_per_second or 1)
-            self.note(f"{metrics.job}: step {metrics.step}/{metrics.total_steps}  {facts}  eta {left:.0f} s")
+        elif metrics.loss is not None and self._line_due(metrics):
+            self.note(f"{metrics.job}: step {metrics.step}/{metrics.total_steps}  {facts}  eta {self._left(metrics):.0f} s")
 
     def _line_due(self, metrics: StepMetrics) -> bool:
-        return time.monotonic() - self._last_line > PLAIN_SECONDS or metrics.step == metrics.total_steps
+        """Whether a job's last plain line is old enough, or this is its last step."""
+        due = time.monotonic() - self._lines.get(metrics.job, 0.0) > PLAIN_SECONDS or metrics.step == metrics.total_steps
+        if due:
+            self._lines[metrics.job] = time.monotonic()
+        return due
+
+    def _left(self, metrics: StepMetrics) -> float:
+        """Seconds until the job ends, at the pace so far."""
+        began, step = self._began[metrics.job]
+        return (time.monotonic() - began) / max(1, metrics.step - step) * (metrics.total_steps - metrics.step)
 
     def end(self) -> None:
         if self._progress is not None:

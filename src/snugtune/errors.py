@@ -20,7 +20,7 @@ class StorageError(SnugtuneError):
 
 
 class DivergedError(SnugtuneError):
-    """A job's loss or gradient stayed non-finite; its last good state is kept."""
+    """A job's gradient stayed non-finite, and it was given up; what other jobs of the run trained is there."""
 
 
 class Interrupted(SnugtuneError):

@@ -34,7 +34,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_UNFINISHED}{target.name}-"))
         yield made
-        for file in made.rglob("*"):
+        for file in (*made.rglob("*"), made):
             _sync(file)
         made.chmod(0o755)  # mkdtemp's 0700 is for secrets
         _swap(made, target)
@@ -78,13 +78,31 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def user_path(text: str, field: str) -> Path:
+    """The path a user wrote in `field`, with `~` as the home folder. Raises `InputError`."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long; no such user; a NUL
+        raise InputError(f"{field}: '{text}' cannot be a path: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises `StorageError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
+
+
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, wait: bool = False) -> Iterator[None]:
     """Nobody else may write in `folder` inside the block; the claim ends with the process, however that ends.
 
-    Raises `InputError` when another process holds it.
+    Raises `InputError` when another process holds it, unless `wait`.
     """
-    lock = FileLock(folder / _LOCK, timeout=0)
+    lock = FileLock(folder / _LOCK, timeout=-1 if wait else 0)
     try:
         lock.acquire()
     except Timeout as error:

@@ -75,11 +75,19 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Located:
-    """What a run or adapter folder refers to: a model, and the adapter on it (None: the model itself was tuned)."""
+    """What a run or adapter folder refers to: a model, and the adapter on it (None: the model itself was tuned).
+
+    `remote_code`: the run was trained with code that came with its model.
+    """
 
     model: str
     adapter: Path | None
-    trust_remote_code: bool = False
+    remote_code: bool = False
+
+    def check_trust(self, trust_remote_code: bool) -> None:
+        """Raises `InputError` where remote code is needed and not trusted. What a folder says is no reason to trust it."""
+        if self.remote_code and not trust_remote_code:
+            raise InputError(f"model: '{self.model}' brings code of its own; add --trust-remote-code if you trust its source")
 
 
 def locate(path: Path, adapter: str | None = None) -> Located:

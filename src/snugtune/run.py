@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from snugtune.config import JobConfig, RunConfig
-from snugtune.errors import InputError, Interrupted
-from snugtune.files import claimed, remove_leftovers, whole_folder, write_whole
+from snugtune.errors import DivergedError, InputError, Interrupted
+from snugtune.files import claimed, make_folder, remove_leftovers, user_path, whole_folder, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
@@ -72,7 +72,7 @@ class Session:
     planned: Planned
     trainer: Trainer
     step: int = 0  # of the run; every unfinished job takes one step in each
-    finished: list[Job] = field(default_factory=list)
+    ended: list[Job] = field(default_factory=list)  # finished, or given up
     pending: list[StepMetrics] = field(default_factory=list)  # steps done, not yet evaluated and reported
     saved: int = -1  # the step of the newest checkpoint
 
@@ -82,14 +82,14 @@ class Session:
 
     @property
     def all_jobs(self) -> list[Job]:
-        return [*self.trainer.jobs.values(), *self.finished]
+        return [*self.trainer.jobs.values(), *self.ended]
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last whole step, unless there is one."""
         if self.step != self.saved:
-            root, keep = self.folder.checkpoints, self.config.keep_checkpoints
+            root, keep, base = self.folder.checkpoints, self.config.keep_checkpoints, self.trainer.base.fingerprint
             active = list(self.trainer.jobs.values())
-            save_checkpoint(root, self.step, self.planned.plan, active, self.finished, self.pending, keep)
+            save_checkpoint(root, self.step, self.planned.plan, base, active, self.ended, self.pending, keep)
             self.saved = self.step
 
     def reported(self) -> dict[str, int]:
@@ -98,22 +98,27 @@ class Session:
 
 
 def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
-    """Train as `config` says, resuming what is there. Raises `SnugtuneError`; `Interrupted` after Ctrl-C, state saved."""
+    """Train as `config` says, resuming what is there. Raises `SnugtuneError`; `Interrupted` after Ctrl-C, state saved.
+
+    A job that diverges is given up alone: the others go on, and `DivergedError` is raised when they are done.
+    """
     observer = observer or Silent()
-    folder, jobs = RunFolder(Path(config.output)), config.resolved_jobs()
+    folder, jobs = RunFolder(user_path(config.output, "output")), config.resolved_jobs()
     folder.check(config)
     if folder.finished(jobs):
         observer.note(f"this run is finished; results are in {folder.path}")
         return _result(folder, jobs, already_finished=True)
-    with stop_flag() as stop, ExitStack() as claims:
+    with stop_flag(observer.note) as stop, ExitStack() as claims:
         fresh = not folder.path.is_dir()
         if not fresh:
             claims.enter_context(claimed(folder.path))
             remove_leftovers(folder.path)
         session = prepare(config, observer, stop)
         if fresh:  # only now: input that is refused leaves nothing behind
-            folder.path.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.path)
             claims.enter_context(claimed(folder.path))
+            if folder.config.exists():
+                raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
         log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)
@@ -127,23 +132,32 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         finally:
             observer.end()
             log.close()
+        if failures := [job.failure for job in session.ended if job.failure]:
+            session.save()
+            raise DivergedError("; ".join(failures))
         folder.write_plan(session.planned, session.trainer.watch.peak())
     return _result(folder, jobs, seconds=time.perf_counter() - started)
 
 
 def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Session:
     """Read data, plan, load the base and start or restore every job. Writes nothing."""
-    folder = RunFolder(Path(config.output))
+    folder = RunFolder(user_path(config.output, "output"))
     texts = {job.name: read_job(job) for job in config.resolved_jobs()}
     checkpoint = latest_checkpoint(folder.checkpoints)
     planned = make_plan(config) if checkpoint is None else _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
+    watch = Watch(planned.plan.device)
     for reason in planned.reasons:
         observer.note(f"plan: {reason}")
     base = load_base(find_model(config.model, observer.note), planned.plan, config.trust_remote_code)
     for note in base.notes:
         observer.note(f"model: {note}")
-    trainer = Trainer(base, planned.plan, Watch(planned.plan.device), stop.is_set)
+    if checkpoint is not None and checkpoint.base != base.fingerprint:
+        raise InputError(
+            f"model: '{base.name}' has other weights now than {checkpoint.folder} was trained on; bring them back, "
+            "or give a new output folder"
+        )
+    trainer = Trainer(base, planned.plan, watch, stop.is_set)
     session = Session(config, folder, planned, trainer, 0 if checkpoint is None else checkpoint.step)
     for job_config in config.resolved_jobs():
         data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track)
@@ -151,10 +165,10 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
             observer.note(f"data ({job_config.name}): {remark}")
         job = start_job(base, job_config, data, planned.plan)
         before = {} if checkpoint is None else checkpoint.jobs.get(job.name, {})
-        if before.get("finished"):
-            job.step = before["step"]
+        if before.get("ended"):
+            job.step, job.failure = before["step"], before["failure"]
             job.attached.detach()
-            session.finished.append(job)
+            session.ended.append(job)
             continue
         if checkpoint is not None:
             checkpoint.restore(job)
@@ -176,9 +190,12 @@ def _loop(session: Session, log: MetricsFile, observer: Observer) -> None:
             log.write(metrics)
             observer.step(metrics)
             session.pending.pop(0)
-        for job in [j for j in trainer.jobs.values() if j.finished]:
-            save_artefact(session, job)
-            session.finished.append(trainer.remove(job.name))
+        for job in [j for j in trainer.jobs.values() if j.ended]:
+            if job.failure is None:
+                save_artefact(session, job)
+            else:
+                observer.note(f"given up: {job.failure}")
+            session.ended.append(trainer.remove(job.name))
         if not trainer.jobs:
             return
         if session.step and session.step % session.checkpoint_every == 0:
@@ -221,7 +238,7 @@ def _result(folder: RunFolder, jobs: Sequence[JobConfig], already_finished: bool
 
 
 @contextmanager
-def stop_flag() -> Iterator[threading.Event]:
+def stop_flag(say: Callable[[str], None]) -> Iterator[threading.Event]:
     """A flag that the first Ctrl-C or SIGTERM sets; a second one interrupts at once. Needs the main thread to do so."""
     flag = threading.Event()
 
@@ -229,6 +246,7 @@ def stop_flag() -> Iterator[threading.Event]:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
+        say("stopping: the state is saved first (once more: stop at once, unsaved)")
 
     if threading.current_thread() is not threading.main_thread():
         yield flag

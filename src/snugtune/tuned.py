@@ -44,10 +44,11 @@ class Tuned:
         return generate(self.base, self.job, prompts, self.renderer.stop_ids, sampling, on_text)
 
 
-def load(path: Path, adapter: str | None = None, say: Say = mute) -> Tuned:
+def load(path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False) -> Tuned:
     """Load a run folder (`adapter` picks a job) or a PEFT adapter folder. Raises `InputError`."""
     found = locate(path, adapter)
-    base = load_base(find_model(found.model, say), plan_for_answers(), found.trust_remote_code)
+    found.check_trust(trust_remote_code)
+    base = load_base(find_model(found.model, say), plan_for_answers(), trust_remote_code)
     for note in base.notes:
         say(f"model: {note}")
     job = None

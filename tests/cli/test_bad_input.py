@@ -23,6 +23,7 @@ def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     """The user's working directory: a good config, its data and a model; temporary files and caches go here as well."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tmp").mkdir()
+    (tmp_path / "cache/gguf").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
     shutil.copytree(model_folder, tmp_path / "model")
@@ -86,6 +87,11 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no-model": ({"model": None}, ("model: required",)),
     "no-output": ({"output": None}, ("output: required",)),
     "no-data": ({"data": None}, ("data: nothing to train on",)),
+    "output-of-nobody": ({"output": "~nobody-by-that-name/run"}, ("output", "nobody-by-that-name")),
+    "endless-output": ({"output": "x" * 300}, ("output", "too long")),
+    "output-nobody-can-make": ({"output": "/proc/snugtune/run"}, ("cannot make the folder /proc/snugtune/run",)),
+    "model-of-nobody": ({"model": "~nobody-by-that-name/model"}, ("model", "nobody-by-that-name")),
+    "data-of-nobody": ({"data": "~nobody-by-that-name/d.jsonl"}, ("data", "nobody-by-that-name")),
     "empty-output": ({"output": ""}, ("output", "at least 1 character")),
     "number-for-data": ({"data": 5}, ("data",)),
     "typo-in-data": ({"data": {"path": "data.jsonl", "fromat": "alpaca"}}, ("data.0", "'fromat'", "'format'")),
@@ -326,6 +332,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config-is-a-list": (replace("config.json", b"[]"), ("cannot load",)),
     "config-without-a-type": (edit("config.json", model_type=None), ("model_type",)),
     "unknown-type": (edit("config.json", model_type="llamalama"), ("llamalama",)),
+    "unknown-activation": (edit("config.json", hidden_act="gelou"), ("cannot load", "gelou")),
+    "unknown-rope": (edit("config.json", rope_parameters={"rope_type": "twist", "rope_theta": 1e4}), ("cannot load",)),
+    "no-heads": (edit("config.json", num_attention_heads=0), ("cannot load",)),
+    "unknown-dtype": (edit("config.json", dtype="float12"), ("cannot load",)),
     "wrong-type-in-config": (edit("config.json", hidden_size="wide"), ("hidden_size",)),
     "image-model": (another_kind(ViTConfig()), ("vit", "not a causal")),
     "encoder": (an_encoder, ("bert", "causal")),

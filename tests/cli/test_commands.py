@@ -20,6 +20,7 @@ import torch
 import yaml
 from common import (
     Ran,
+    assert_refused,
     command,
     contents,
     files_below,
@@ -252,6 +253,50 @@ def test_jobs_give_an_adapter_each(tmp_path: Path, model_folder: Path) -> None:
         assert here("chat", tmp_path / "run", "--adapter", name, "--prompt", "Colour?").out == f"{name}\n"
 
 
+def test_a_job_that_diverges_is_given_up_alone(tmp_path: Path, model_folder: Path) -> None:
+    """The other ends with the bits it has without that neighbour; the exit code and the last line tell; nothing is retried."""
+    write_lines(tmp_path / "talk.jsonl", [TALK])
+    good, bad = {"name": "good"}, {"name": "bad", "optimizer": {"lr": 1e30}}
+    for output, jobs in (("both", [bad, good]), ("alone", [good])):
+        write_config(tmp_path / f"{output}.yaml", **taught(model_folder, output=output, jobs=jobs))
+    assert forked("train", "alone.yaml", cwd=tmp_path).code == 0
+    for _ in range(2):  # the second time nothing is left to do
+        last = assert_refused(forked("train", "both.yaml", cwd=tmp_path), "job 'bad'", "no finite gradient", "optimizer.lr")
+        assert "'good'" not in last
+    weights = "adapters/good/adapter_model.safetensors"
+    assert (tmp_path / "both" / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
+    assert not (tmp_path / "both/adapters/bad").exists()
+    skipped = [line["step"] for line in metrics_of(tmp_path / "both") if line.get("skipped")]
+    assert len(skipped) == 10
+    assert [line["step"] for line in metrics_of(tmp_path / "both") if line["job"] == "good"] == list(range(1, STEPS + 1))
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    write_lines(tmp_path / "home/talk.jsonl", [TALK])
+    fields = taught(model_folder, data="~/talk.jsonl", output="~/run", steps=1)
+    write_config(tmp_path / "config.yaml", **fields)
+    monkeypatch.chdir(tmp_path)
+    assert here("train", "config.yaml").code == 0
+    assert (tmp_path / "home/run/adapters/default").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_sharded_model_is_the_same_model(tmp_path: Path, model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    shutil.copytree(model_folder, tmp_path / "sharded")
+    (tmp_path / "sharded/model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
+    write_lines(tmp_path / "talk.jsonl", [TALK])
+    for output, folder in (("whole", model_folder), ("shards", tmp_path / "sharded")):
+        write_config(tmp_path / "config.yaml", **taught(folder, output=output, steps=2))
+        assert forked("train", "config.yaml", cwd=tmp_path).code == 0
+    whole, shards = (load_file(tmp_path / o / "adapters/default/adapter_model.safetensors") for o in ("whole", "shards"))
+    assert all(torch.equal(whole[name], shards[name]) for name in whole)
+
+
 def test_the_whole_model_can_be_trained(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`method: full` leaves a model folder that transformers loads, chat answers with, and export has nothing to add to."""
     monkeypatch.chdir(tmp_path)
@@ -316,6 +361,27 @@ def test_chat_takes_an_adapter_folder(trained: Trained, tmp_path: Path) -> None:
     (adapter / "snugtune.json").unlink()
     ran = here("chat", adapter, "--prompt", "Say it")
     assert ran.out == "first\n" and "matched by its names and shapes alone" in ran.err
+
+
+def test_chat_asks_before_it_runs_code_of_a_model(trained: Trained, tmp_path: Path) -> None:
+    """What a run's own config says is no consent of whoever chats with it."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    text = (run / "config.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    (run / "config.yaml").write_text(text)
+    for args in (("chat", run, "--prompt", "Say it"), ("export", run, "--to", "merged", "--output", tmp_path / "m")):
+        assert_refused(here(*args), "--trust-remote-code")
+        assert here(*args, "--trust-remote-code").code == 0
+
+
+def test_chat_is_not_bent_by_the_models_own_habits(trained: Trained, tmp_path: Path, model_folder: Path) -> None:
+    """A generation_config.json with penalties and beams: temperature 0 still takes the likeliest token."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    habits = {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "top_k": 1, "num_beams": 3, "min_p": 0.9}
+    (model / "generation_config.json").write_text(json.dumps(habits))
+    adapter = shutil.copytree(trained.run / "adapters/default", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
+    assert here("chat", adapter, "--prompt", "Say it").out == "first\n"
 
 
 def test_chat_draws_as_asked(trained: Trained) -> None:

@@ -83,8 +83,18 @@ COMMANDS = {
     "": ["--help", "--version"],
     "demo": ["--help", "--output"],
     "train": ["--help", "--set", "config"],
-    "chat": ["--adapter", "--help", "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-p", "run"],
-    "export": ["--adapter", "--dtype", "--help", "--output", "--to", "run"],
+    "chat": [
+        "--adapter",
+        "--help",
+        "--max-new-tokens",
+        "--prompt",
+        "--seed",
+        "--temperature",
+        "--top-p",
+        "--trust-remote-code",
+        "run",
+    ],  # fmt: skip
+    "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""

@@ -5,6 +5,7 @@ trained twice or with other random numbers shows in the weights; AdamW's moments
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -32,6 +33,7 @@ from common import (
     write_config,
     write_lines,
 )
+from safetensors.torch import load_file, save_file
 
 from snugtune.files import claimed
 
@@ -235,6 +237,16 @@ def test_changed_data_is_not_trained_on_unnoticed(place: Path, truth: Path) -> N
     write_lines(place / "data.jsonl", RECORDS)
     resumed(place)
     assert_same_run(place / "run", truth)
+
+
+def test_another_base_is_not_trained_on_unnoticed(place: Path, fields: dict[str, Any], tmp_path: Path) -> None:
+    """The config names the same model folder, but other weights lie there now."""
+    model = shutil.copytree(fields["model"], tmp_path / "model")
+    write_run(place, **fields | {"model": model})
+    killed_after(place, 8)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(train(place), "other weights now")
 
 
 def test_a_folder_has_one_writer(place: Path, truth: Path) -> None:

@@ -45,7 +45,28 @@ def test_packable_models_are_found_packable(arch: str, dtype: torch.dtype) -> No
     """Silently, with their own plain head; a false alarm would cost the user several times the speed."""
     base = tiny_base(arch, dtype)
     assert base.packable and base.own_head is (arch in OWN_HEAD)
-    assert base.own_head or base.notes == ()
+    assert base.own_head or base.notes == () or arch == "phimoe"
+
+
+@pytest.mark.parametrize(
+    ("arch", "window"),
+    [
+        ("phimoe", {"sliding_window": 20}),
+        ("qwen2moe", {"sliding_window": 20, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}),
+    ],
+)
+def test_windows_that_live_in_masks_alone_are_found(arch: str, window: dict[str, Any]) -> None:
+    """The proof's sequences are shorter than any real window: it has to look at what reaches the attention."""
+    base = tiny_base(arch, **window)
+    assert not base.packable
+    assert any("sliding window" in note for note in base.notes)
+    assert base.model.config._attn_implementation == base.native_attention
+    assert tiny_base("mistral").packable
+
+
+def test_drawing_experts_at_random_is_said() -> None:
+    """PhiMoE does so in training, from the global generator."""
+    assert any("at random" in note for note in tiny_base("phimoe").notes)
 
 
 @pytest.mark.parametrize(("arch", "reason"), UNPACKABLE.items())
@@ -59,7 +80,7 @@ def test_unpackable_models_are_found_and_said_aloud(arch: str, reason: str) -> N
 
 @pytest.mark.parametrize("arch", PACKABLE)
 def test_moe_bases_are_known_as_such(arch: str) -> None:
-    assert tiny_base(arch).moe is (arch in {"gptoss", "mixtral", "qwen3moe", "hunyuan", "phimoe", "afmoe"})
+    assert tiny_base(arch).moe is (arch in {"gptoss", "mixtral", "qwen3moe", "qwen2moe", "hunyuan", "phimoe", "afmoe"})
 
 
 def _mean_over_the_row(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

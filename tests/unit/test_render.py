@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 import pytest
 import torch
 from tokenizers_for_tests import byte_level, sentencepiece_like
 
-from snugtune.data.render import Renderer, render_all
+from snugtune.data.render import TRAINING_DATE, Renderer, render_all
 from snugtune.data.sources import Conversation, Drops
 from snugtune.errors import InputError
 from snugtune.model.load import FALLBACK_TEMPLATE
@@ -366,6 +367,17 @@ def test_a_prompt_that_ends_with_a_space_costs_no_word(answer: str, trim_offsets
     tokenizer = byte_level(template, trim_offsets=trim_offsets)
     [(ids, weights)] = tokenised(tokenizer, talk("Hi", answer, "And?", answer))
     assert [text.removeprefix(" ") for text in trained_texts(tokenizer, ids, weights)] == [answer + "</s>"] * 2
+
+
+def test_training_examples_do_not_change_overnight():
+    """Templates may ask for the date; in training it stands still, in chat it is today's."""
+    asked = "{% if strftime_now is defined %}{% set day = strftime_now('%Y-%m-%d') %}{% endif %}{{ day }}"
+    template = asked + CHATML.template
+    tokenizer = byte_level(template, eos=CHATML.eos)
+    drops = Drops()
+    [example] = render_all([Conversation(tuple(talk("Hi", "Hello")), "x:1")], tokenizer, 200, drops)
+    assert tokenizer.decode(example.tokens).startswith(TRAINING_DATE.strftime("%Y-%m-%d"))
+    assert Renderer(tokenizer).template(talk("Hi")).startswith(str(date.today()))
 
 
 def test_turns_after_the_last_answer_are_left_out():

@@ -4,6 +4,7 @@ Shapes: T tokens of a row, n scored positions.
 """
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import torch
@@ -19,16 +20,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
     for i in order:
-        fitting = [b for b in range(len(bins)) if room[b] >= lengths[i]]
-        if fitting:
-            b = min(fitting, key=lambda b: (room[b], b))
-            bins[b].append(i)
-            room[b] -= lengths[i]
+        tightest = bisect_left(rooms, (lengths[i], -1))
+        if tightest < len(rooms):
+            room, b = rooms.pop(tightest)
         else:
-            bins.append([i])
-            room.append(capacity - lengths[i])
+            room, b = capacity, len(bins)
+            bins.append([])
+        bins[b].append(i)
+        insort(rooms, (room - lengths[i], b))
     return bins
 
 

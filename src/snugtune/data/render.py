@@ -7,6 +7,7 @@ rewrite earlier turns (Qwen3 drops old thinking) have no common text; there each
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from snugtune.errors import InputError
 from snugtune.types import Example
 
 Messages = Sequence[Mapping[str, str]]
+TRAINING_DATE = datetime(2025, 1, 1)
+"""What templates that ask for today's date (`strftime_now`: Llama 3, Granite) get in training: examples must not change
+overnight."""
 _MARK = "snugtune-mark"  # stands for an answer where only the template's own text is wanted
 
 
@@ -29,17 +33,24 @@ class Rendered:
 
 
 class Renderer:
-    """Renders conversations for one tokenizer. `stop_ids` are the tokens that end an answer in generation."""
+    """Renders conversations for one tokenizer. `stop_ids` are the tokens that end an answer in generation.
 
-    def __init__(self, tokenizer: Any):
+    `today` is what templates that ask for the date are told; None: the truth.
+    """
+
+    def __init__(self, tokenizer: Any, today: datetime | None = None):
         self.tokenizer = tokenizer
+        own = tokenizer.get_chat_template()
+        self.chat_template = _dated(own, today) if today is not None and "strftime_now" in own else own
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
     def template(self, messages: Messages, for_answer: bool = False) -> str:
         """The conversation as the model's text; `for_answer` ends with the opening of an assistant turn."""
         plain = [dict(m) for m in messages]
-        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=for_answer)
+        return self.tokenizer.apply_chat_template(
+            plain, chat_template=self.chat_template, tokenize=False, add_generation_prompt=for_answer
+        )
 
     def render(self, messages: Messages) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
@@ -115,6 +126,12 @@ class Renderer:
         return ids, weights
 
 
+def _dated(template: str, today: datetime) -> str:
+    """The template with a `strftime_now` of its own, which hides the library's and knows one moment only."""
+    fills = "".join(f"|replace('%{code}', '{today.strftime('%' + code)}')" for code in "aAwdbBmyYHIpMSjx")
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{fills} }}}}{{%- endmacro -%}}{template}"
+
+
 def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
     """Whether a token lies in the span, save for blanks before it that the tokenizer joined with the span's first word."""
     (first, last), (low, high) = token, span
@@ -124,7 +141,7 @@ def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
 
 def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
     """Tokenise all conversations, cut to `max_seq_len`; what is cut or dropped is counted. Raises if nothing is left."""
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, TRAINING_DATE)
     examples: list[Example] = []
     for conversation in conversations:
         try:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from snugtune.errors import InputError
+from snugtune.files import user_path
 from snugtune.schema import Config
 
 Form = Literal["alpaca", "sharegpt", "messages"]
@@ -73,7 +74,7 @@ def read_conversations(sources: tuple[SourceConfig, ...], drops: Drops) -> list[
 
 
 def _read_file(source: SourceConfig, drops: Drops) -> Iterator[Conversation]:
-    path = Path(source.path).expanduser()
+    path = user_path(source.path, "data")
     if path.is_dir():
         raise InputError(f"data: {path} is a folder; give a .json or .jsonl file")
     if not path.is_file():
@@ -162,6 +163,8 @@ def _to_messages(record: Any, form: str) -> tuple[Mapping[str, str], ...]:
     if not isinstance(record, dict):
         raise _UnusableError("records that are not JSON objects")
     chosen = _detect(record) if form == "auto" else form
+    if record.get("tools"):
+        raise _UnusableError("records with 'tools', which are not read yet")
     messages = _FORMS[chosen](record)
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise _UnusableError("records without an answer to learn")
@@ -219,6 +222,9 @@ def _turns(record: dict[str, Any], key: str, role_key: str, text_key: str) -> tu
         role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
             raise _UnusableError("records with a turn of an unknown role")
+        unread = next((key for key in ("tool_calls", "weight") if turn.get(key) is not None), None)
+        if unread is not None:
+            raise _UnusableError(f"records with a turn that has '{unread}', which is not read yet")
         messages.append(_message(role, _text(turn, text_key)))
     return tuple(messages)
 

@@ -19,17 +19,20 @@ from snugtune.model.load import DTYPES, load_config, load_model, load_tokenizer
 from snugtune.model.source import find_model
 
 
-def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | None, say: Callable[[str], None]) -> None:
+def export_merged(
+    run: Path, target: Path, adapter: str | None, dtype: str | None, say: Callable[[str], None], trust_remote_code: bool
+) -> None:
     """Merge in fp32 and write in `dtype` (default: the base's own). Raises `InputError`, `StorageError`."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: unknown; valid: {', '.join(DTYPES)}")
     found = locate(run, adapter)
+    found.check_trust(trust_remote_code)
     if found.adapter is None:
         raise InputError(f"{run} tuned the whole model; {found.model} is a model folder already")
     source = find_model(found.model, say)
-    config = load_config(source, found.trust_remote_code)
+    config = load_config(source, trust_remote_code)
     kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
-    model, _ = load_model(source, config, "fp32", "cpu", found.trust_remote_code)
+    model, _ = load_model(source, config, "fp32", "cpu", trust_remote_code)
     layers = {name: module for name, module in model.named_modules() if FrozenLinear.takes(module)}
     _, factors = read_adapter(found.adapter, layers, source.name, fingerprint(model))  # PEFT takes another base's in silence
     if not is_stamped(found.adapter):
@@ -38,7 +41,7 @@ def export_merged(run: Path, target: Path, adapter: str | None, dtype: str | Non
     say("merging the adapter into the base")
     merged = PeftModel.from_pretrained(model, str(found.adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
     merged.to(kept)
-    tokenizer, _ = load_tokenizer(source, found.trust_remote_code)
+    tokenizer, _ = load_tokenizer(source, trust_remote_code)
     stops = Renderer(tokenizer).stop_ids
     merged.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id

@@ -1,17 +1,24 @@
 """How much memory this process has used."""
 
+import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
+_CLEAR = Path("/proc/self/clear_refs")
+
 
 class Watch:
-    """Reads the peak: resident memory of the process on CPU, allocated memory of the device on CUDA. In bytes."""
+    """Reads the peak since it was made: resident memory of the process on CPU, allocated memory on CUDA. In bytes."""
 
     def __init__(self, device: str):
         self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif os.access(_CLEAR, os.W_OK):
+            _CLEAR.write_text("5")  # sets VmHWM back to what is resident now (proc(5))
 
     def peak(self) -> int:
         if self.device == "cuda":

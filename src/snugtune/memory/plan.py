@@ -68,7 +68,11 @@ def _weights(pins: PlanConfig, device: str) -> tuple[Width, str]:
     if pins.weights != "auto":
         return pins.weights, "as asked"
     if device == "cuda":
-        return ("bf16", "native on this GPU") if torch.cuda.is_bf16_supported() else ("fp16", "this GPU has no bf16")
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return (
+            ("bf16", "native on this GPU")
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else ("fp16", "this GPU has no bf16")
+        )
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "bf16", "native on this CPU"
     return "fp32", "this CPU has no fast bf16"

@@ -7,6 +7,7 @@ model's keyword arguments.
 Shapes: H query heads, K key/value heads, G = H / K, T tokens of the row, L tokens of a sequence, d head width.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +46,8 @@ def varlen_attention(
     """Causal attention of each sequence of a packed row with itself.
 
     query [1, H, T, d], key and value [1, K, T, d]; returns ([1, T, H, d], None) as the interface asks. `sliding_window`
-    counts the keys a query sees, itself included; `softcap` is Gemma 2's tanh cap on scores; `s_aux` [H] are GPT-OSS's
+    counts the keys a query sees, itself included; `cu_seq_lens_k` holds the same borders on the host (reading them there
+    waits for no device); `softcap` is Gemma 2's tanh cap on scores; `s_aux` [H] are GPT-OSS's
     sink logits. Raises `ValueError` on any keyword it does not know and that is not None: ignoring one is silently wrong.
     """
     strangers = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
@@ -56,9 +58,9 @@ def varlen_attention(
     if cu_seq_lens_q is None:
         raise ValueError("the model does not pass the sequence borders on to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and softcap is None and s_aux is None and not dropout and query.dtype != torch.float32:
+    if _has_flash(query) and softcap is None and s_aux is None and not dropout:
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
-    borders = cu_seq_lens_q.tolist()
+    borders = (cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k).tolist()
     eager_only = softcap is not None or s_aux is not None
     outputs = []
     for start, end in pairwise(borders):
@@ -69,6 +71,21 @@ def varlen_attention(
             out = _sdpa(q, k, v, scale, sliding_window, dropout)
         outputs.append(out.transpose(0, 1))
     return torch.cat(outputs).unsqueeze(0), None  # contiguous, as some models take for granted
+
+
+def watching(windows: set[int | None]) -> Callable[..., tuple[Tensor, None]]:
+    """`varlen_attention` that notes the windows it is given. A model may keep its window in masks alone, which we never see."""
+
+    def attend(*inputs: Any, sliding_window: int | None = None, **others: Any) -> tuple[Tensor, None]:
+        windows.add(sliding_window)
+        return varlen_attention(*inputs, sliding_window=sliding_window, **others)
+
+    return attend
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether torch's variable-length flash attention runs on these: Ampere or newer, 16 bit."""
+    return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _causal(length: int, window: int | None, device: torch.device) -> Tensor:

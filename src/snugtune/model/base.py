@@ -23,6 +23,7 @@ from snugtune.model.source import ModelSource
 from snugtune.types import Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
+_PROOF = f"{attention.NAME}_proof"
 
 # RoPE variants whose angles depend on the length of the whole row, not on positions alone.
 _ROW_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -34,6 +35,7 @@ _ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 _MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+_DRAWS_EXPERTS = frozenset({"phimoe"})
 _READ_PAST = frozenset({"out_proj", "dt_proj"})
 # Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
 _PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
@@ -46,7 +48,14 @@ class Base:
     whether experts see neighbours' rows; `notes` what the user should be told; `fingerprint` identifies the weights.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, notes: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        notes: tuple[str, ...] = (),
+        identity: str | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -55,7 +64,7 @@ class Base:
         self.frozen = False
         self.body = _find_body(model)  # None: only the model as a whole can be called, and gives logits
         self.native_attention = str(model.config._attn_implementation)
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = identity or fingerprint(model)
         self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
         self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
         self.moe = _count_experts(model) is not None
@@ -66,6 +75,8 @@ class Base:
         if obstacle is not None:
             self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
         self.head, self.own_head = self._check_head()
+        if model.config.model_type in _DRAWS_EXPERTS:
+            self.notes += ("it draws its experts at random in training: no two runs are alike, and resuming is not bit-exact",)
         if self.own_head:
             self.notes += ("the model's head is not a plain projection; using its own, unchunked (more memory)",)
 
@@ -164,9 +175,9 @@ class Base:
         """Hidden states of a row, [T, D]; for a model that keeps its own head, its logits [T, V]."""
         inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
         if self.packable:
-            borders = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
+            borders = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             longest = max(batch.lengths)
-            inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders,
+            inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": borders.to(self.device), "cu_seq_lens_k": borders,
                        "max_length_q": longest, "max_length_k": longest}  # fmt: skip
         else:
             assert len(batch.lengths) == 1, "an unpackable model takes one sequence per forward"
@@ -199,24 +210,31 @@ class Base:
     def _prove_packing(self) -> str | None:
         """Two short sequences in one row against each alone with the model's own attention. None when they agree."""
         self.packable = True
+        windows: set[int | None] = set()
+        AttentionInterface.register(_PROOF, attention.watching(windows))
         batch = _probe_batch(self.vocab_size, self.device)
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
             alone = [self._body(input_ids=ids, use_cache=False) for ids in batch.input_ids.split(batch.lengths, dim=1)]
             try:
-                self.model.set_attn_implementation(attention.NAME)
+                self.model.set_attn_implementation(_PROOF)
                 packed = self.hidden(batch)
+                self.model.set_attn_implementation(attention.NAME)
             except Exception as error:  # a model that breaks on packed rows is not packable, whatever the way it breaks
                 self.model.set_attn_implementation(self.native_attention)
                 return (str(error).splitlines() or [type(error).__name__])[0]
             finally:
                 self.model.train(training)
         error = _relative(packed, torch.cat(alone), per_token=self.moe)
-        if error <= _PROOF_TOLERANCE[self.dtype]:
+        if error > _PROOF_TOLERANCE[self.dtype]:
+            obstacle = f"packed and separate differ by {error:.1e}"
+        elif _slides(self.model) and windows == {None}:
+            obstacle = "it does not tell its attention of its sliding window"
+        else:
             return None
         self.model.set_attn_implementation(self.native_attention)
-        return f"packed and separate differ by {error:.1e}"
+        return obstacle
 
     def _check_head(self) -> tuple[Head, bool]:
         """The chunked head if it reproduces the model's own logits, else the model's own."""
@@ -243,8 +261,11 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) 
     """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM."""
     config = load_config(source, trust_remote_code)
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
+    identity = None
+    if plan.weights == "fp16":  # what the fingerprint looks at does not survive the rounding to fp16
+        identity = fingerprint(load_model(source, config, "bf16", "cpu", trust_remote_code)[0])
     model, model_notes = load_model(source, config, plan.weights, plan.device, trust_remote_code)
-    return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes))
+    return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), identity)
 
 
 def _find_body(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -274,6 +295,14 @@ def _packing_obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _slides(model: PreTrainedModel) -> bool:
+    """Whether the config asks for a sliding window in any layer."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None)
+    declared = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return bool(declared) and (kinds is None or "sliding_attention" in kinds)
+
+
 def _count_experts(model: PreTrainedModel) -> int | None:
     counts = (getattr(model.config, k, None) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
     return next((c for c in counts if isinstance(c, int) and c > 1), None)
@@ -299,7 +328,7 @@ def _relative(ours: Tensor, truth: Tensor, per_token: bool = False) -> float:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes and a sample of every weight in bf16, so that it does not depend on the loading dtype."""
+    """A hash of names, shapes and a sample of every weight in bf16: the same whether it was loaded in fp32 or in bf16."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import TextStreamer
 
+from snugtune.errors import InputError
 from snugtune.model.base import Base
 
 
@@ -19,6 +20,18 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+
+# What is left out here is taken from the model's own generation_config, unasked.
+_PLAIN: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "num_beams": 1,
+}
 
 
 class _Forward(TextStreamer):
@@ -47,12 +60,14 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(r)) + list(r) for r in rows], device=base.device)  # pyright: ignore
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=base.device)  # pyright: ignore
+    new_tokens = _room(base, longest, sampling.max_new_tokens)
     drawn = sampling.temperature > 0
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=new_tokens,
         do_sample=drawn,
-        temperature=sampling.temperature if drawn else None,
-        top_p=sampling.top_p if drawn else None,
+        temperature=sampling.temperature if drawn else 1.0,
+        top_p=sampling.top_p if drawn else 1.0,
+        **_PLAIN,
         eos_token_id=list(stop_ids),
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
@@ -62,3 +77,12 @@ def generate(
         torch.manual_seed(sampling.seed)
         out = base.model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)  # pyright: ignore
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]  # pyright: ignore
+
+
+def _room(base: Base, used: int, wanted: int) -> int:
+    """New tokens that the model's table of positions has room for. Raises `InputError` when there is none."""
+    if base.max_positions is None:
+        return wanted
+    if used >= base.max_positions:
+        raise InputError(f"the conversation has {used} tokens, but '{base.name}' has {base.max_positions} positions; start anew")
+    return min(wanted, base.max_positions - used)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.errors import InputError
-from snugtune.files import whole_folder
+from snugtune.files import claimed, make_folder, remove_leftovers, whole_folder
 
 # Byte-level vocabularies whose merges were learned on single digits, and that transformers does not know by name:
 # digits are cut out one by one before GPT-2's split (llama.cpp, `llama-vocab.cpp`).
@@ -41,13 +41,22 @@ def converted(file: Path, say: Callable[[str], None]) -> tuple[Path, tuple[str, 
     if not (target / "config.json").is_file():
         _check_header(file)
         say(f"unpacking {file.name} (once; kept in {target.parent})")
-        command = [sys.executable, "-m", "snugtune.model.gguf", str(file), str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"model: {file} could not be read as GGUF: {last}")
+        make_folder(target.parent)
+        with claimed(target.parent, wait=True):
+            if not (target / "config.json").is_file():  # another process may have done it meanwhile
+                remove_leftovers(target.parent)
+                _convert_apart(file, target)
     notes = json.loads((target / "snugtune.json").read_text())["notes"]
     return target, tuple(notes)
+
+
+def _convert_apart(file: Path, target: Path) -> None:
+    """`convert` in a process of its own; out of reach of the terminal's Ctrl-C, which is ours to answer."""
+    command = [sys.executable, "-P", "-m", "snugtune.model.gguf", str(file), str(target)]  # -P: not from this folder
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"model: {file} could not be read as GGUF: {last}")
 
 
 def _check_header(file: Path) -> None:

@@ -3,8 +3,6 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,15 +25,16 @@ FALLBACK_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-"""The plain template of models that bring none: `### User:`, `### Assistant:` with the end-of-text token after answers."""
+"""The plain template of models that bring none: `### User:`, `### Assistant:` with the end-of-text token after answers (and the
+beginning-of-text token before all, where the tokenizer puts one)."""
 
 
 def load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfig:
     """The model's config. Raises `InputError` unless it is a decoder-only causal language model."""
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"model: cannot load '{source.name}': {_first_line(error)}") from error
+    except Exception as error:  # a config.json can trip transformers up in any way
+        raise InputError(f"model: cannot load '{source.name}': {_first_line(error)}{source.hint}") from error
     if config.is_encoder_decoder:
         raise InputError(f"model: '{source.name}' ({config.model_type}) is an encoder-decoder, not a decoder-only model")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -56,7 +55,8 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> tuple[PreTra
         raise InputError(f"model: the tokenizer of '{source.name}' has no eos_token; answers could never end")
     notes = []
     if not tokenizer.chat_template:
-        tokenizer.chat_template = FALLBACK_TEMPLATE
+        begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + FALLBACK_TEMPLATE
         notes.append("the model has no chat template; using a plain one (### User: / ### Assistant:)")
     return tokenizer, notes
 
@@ -76,7 +76,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # an odd config.json can trip any model's constructor up in any way
         raise InputError(f"model: cannot load the weights of '{source.name}': {_first_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:

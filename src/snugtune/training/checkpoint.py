@@ -25,11 +25,12 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A readable checkpoint on disk. `jobs` holds each job's plain numbers; a finished job has `finished: true`."""
+    """A readable checkpoint on disk. `jobs` holds each job's plain numbers, and of one that ended that it did."""
 
     folder: Path
     step: int  # of the run
     plan: Plan
+    base: str  # fingerprint
     jobs: dict[str, dict[str, Any]]
     pending: list[dict[str, Any]]  # metrics of steps whose evaluation was not done yet
 
@@ -51,15 +52,18 @@ def save_checkpoint(
     root: Path,
     step: int,
     plan: Plan,
+    base: str,
     active: Sequence[Job],
-    finished: Sequence[Job],
+    ended: Sequence[Job],
     pending: Sequence[StepMetrics],
     keep: int,
 ) -> Path:
     """Write the state after run step `step`, then delete all but the newest `keep`. Raises `StorageError`."""
     target = root / f"step-{step:08d}"
     with whole_folder(target) as made:
-        numbers: dict[str, dict[str, Any]] = {job.name: {"finished": True, "step": job.step} for job in finished}
+        numbers: dict[str, dict[str, Any]] = {
+            job.name: {"ended": True, "step": job.step, "failure": job.failure} for job in ended
+        }
         for job in active:
             tensors, numbers[job.name] = job.state()
             save_file({k: v.contiguous() for k, v in tensors.items()}, made / f"{job.name}.safetensors")
@@ -67,6 +71,7 @@ def save_checkpoint(
             "format": FORMAT,
             "step": step,
             "plan": asdict(plan),
+            "base": base,
             "jobs": numbers,
             "pending": [asdict(metrics) for metrics in pending],
         }
@@ -86,7 +91,7 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
         state = read_json(newest / "run.json")
         if state["format"] != FORMAT:
             raise InputError(f"{newest}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
-        return Checkpoint(newest, state["step"], Plan(**state["plan"]), state["jobs"], state["pending"])
+        return Checkpoint(newest, state["step"], Plan(**state["plan"]), state["base"], state["jobs"], state["pending"])
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{newest}: cannot be used ({error}); delete it to go on from the one before") from error
 

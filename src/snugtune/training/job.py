@@ -34,6 +34,7 @@ class Job:
     scaler: torch.amp.GradScaler | None = None  # fp16 only
     step: int = 0
     skipped_in_a_row: int = 0
+    failure: str | None = None  # why it was given up
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +49,10 @@ class Job:
     @property
     def finished(self) -> bool:
         return self.step >= self.total
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.failure is not None
 
     @property
     def epoch(self) -> float:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from snugtune.data.pack import collate
-from snugtune.errors import DivergedError
 from snugtune.model.base import Base
 from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Job
@@ -63,8 +62,8 @@ class Trainer:
         return job
 
     def step(self) -> list[StepMetrics]:
-        """One optimizer step of every unfinished job. Raises `StopRequestedError` before anything was updated."""
-        due = [job for job in self.jobs.values() if not job.finished]
+        """One optimizer step of every job that has not ended. Raises `StopRequestedError` before anything was updated."""
+        due = [job for job in self.jobs.values() if not job.ended]
         queues = {job.name: job.chunks() for job in due}
         started = time.perf_counter()
         for job in due:
@@ -157,7 +156,7 @@ class Trainer:
         job.step += 1
         job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
         if job.skipped_in_a_row >= MAX_SKIPS:
-            raise DivergedError(
+            job.failure = (
                 f"job '{job.name}': {MAX_SKIPS} steps in a row had no finite gradient (step {job.step}); "
                 "lower optimizer.lr, lengthen schedule.warmup, or look for broken examples"
             )
