@@ -83,17 +83,7 @@ COMMANDS = {
     "": ["--help", "--version"],
     "demo": ["--help", "--output"],
     "train": ["--help", "--set", "config"],
-    "chat": [
-        "--adapter",
-        "--help",
-        "--max-new-tokens",
-        "--prompt",
-        "--seed",
-        "--temperature",
-        "--top-p",
-        "--trust-remote-code",
-        "run",
-    ],  # fmt: skip
+    "chat": "--adapter --help --max-new-tokens --prompt --seed --temperature --top-p --trust-remote-code run".split(),
     "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
