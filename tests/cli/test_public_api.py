@@ -83,7 +83,17 @@ COMMANDS = {
     "": ["--help", "--version"],
     "demo": ["--help", "--output"],
     "train": ["--help", "--set", "config"],
-    "chat": "--adapter --help --max-new-tokens --prompt --seed --temperature --top-p --trust-remote-code run".split(),
+    "chat": [
+        "--adapter",
+        "--help",
+        "--max-new-tokens",
+        "--prompt",
+        "--seed",
+        "--temperature",
+        "--top-p",
+        "--trust-remote-code",
+        "run",
+    ],
     "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
