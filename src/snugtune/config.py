@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from snugtune.data.mix import ConcatConfig, InterleaveConfig
 from snugtune.data.sources import SourceConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS, MethodConfig
@@ -60,7 +61,10 @@ class JobFields(Config):
     }
 
     data: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(
-        default=(), description="training data: a path, {path, format}, or a list of these"
+        default=(), description="training data: a path, {path, format, ...}, or a list of these"
+    )
+    mixing: Annotated[ConcatConfig | InterleaveConfig, Field(discriminator="type"), _typed("concat")] = Field(
+        default=ConcatConfig(), description="how several sources make one stream"
     )
     max_seq_len: int = Field(default=1024, ge=2, description="longest training sequence, in tokens; longer examples are cut")
     method: Annotated[MethodConfig, _typed("lora")] = Field(default=LoraConfig(), description="how the base is tuned")
@@ -85,6 +89,13 @@ class JobFields(Config):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError("a fraction must lie between 0 and 1 (or give the path of a file)")
         return value
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> "JobFields":
+        weighted = next((i for i, source in enumerate(self.data) if source.weight != 1.0), None)
+        if weighted is not None and not isinstance(self.mixing, InterleaveConfig):
+            raise ValueError(f"data.{weighted}.weight: only counts where sources are interleaved; set mixing: interleave")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "JobFields":
@@ -280,10 +291,13 @@ def _first_message(error: ValidationError) -> str:
     return _message(error.errors()[0])
 
 
+_BRANCHES = {"float", "str", "int", "lora", "full", "sft", "clm", "constant", "linear", "cosine", "concat", "interleave"}
+"""What pydantic puts in a location for the branch of a union, where a person sees a field only."""
+
+
 def _message(error: Any) -> str:
     """One validation error in a person's words: where, what, and what was given."""
-    tags = {"lora", "full", "constant", "linear", "cosine", "float", "str", "int"} | {"literal['auto']"}
-    where = ".".join(str(p) for p in error["loc"] if str(p) not in tags and not str(p).startswith("literal["))
+    where = ".".join(str(p) for p in error["loc"] if str(p) not in _BRANCHES and not str(p).startswith("literal["))
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "union_tag_invalid":
         wanted = str(error["ctx"]["expected_tags"])

@@ -187,7 +187,12 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "empty": ("d.jsonl", b"", ("d.jsonl", "no records")),
     "blank": ("d.jsonl", b"\n \n", ("d.jsonl", "no records")),
     "empty-array": ("d.json", b"[]", ("d.json", "no records")),
-    "csv": ("d.csv", b"question,answer\n", ("d.csv", "'.csv'", ".jsonl")),
+    "csv": ("d.csv", b"question,answer\n", ("d.csv", "no records")),
+    "csv-without-known-columns": ("d.csv", b"question,answer\na,b\n", ("d.csv:2", "no known form")),
+    "csv-with-a-cell-too-many": ("d.csv", b"instruction,output\na,b,c\n", ("d.csv:2", "cells")),
+    "half-a-gzip": ("d.jsonl.gz", b"\x1f\x8b\x08\x00", ("d.jsonl.gz", "gzip")),
+    "no-parquet": ("d.parquet", b"PAR1", ("d.parquet", "parquet")),
+    "plain-text": ("d.txt", b"Once upon a time.", ("d.txt:1", "objective sft does not learn")),
     "no-ending": ("d", GOOD, ("d", "ending", ".jsonl")),
     "binary": ("d.jsonl", bytes(range(256)), ("d.jsonl", "UTF-8")),
     "latin-1": ("d.jsonl", json.dumps(messages("d\xe9j\xe0", "vu"), ensure_ascii=False).encode("latin-1"), ("d.jsonl", "UTF-8")),
@@ -205,7 +210,7 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "content-in-parts": (
         "d.jsonl",
         b'{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "b"}]}',
-        ("d.jsonl:1", "'content' is not text"),
+        ("d.jsonl:1", "parts of 'content' that are not text"),
     ),
     "half-a-character": (
         "d.jsonl",
@@ -233,7 +238,16 @@ def test_validation_files(place: Path, case: str) -> None:
 
 ELSEWHERE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "missing": ({"data": "no-such.jsonl"}, ("data", "no-such.jsonl")),
-    "folder": ({"data": "model"}, ("data", "model is a folder")),
+    "folder": ({"data": "model"}, ("data", "model/config.json:1")),
+    "folder-of-nothing": ({"data": "tmp"}, ("data", "folder tmp", ".jsonl")),
+    "hub-offline": ({"data": "someone/something"}, ("data", "'someone/something'", "hub")),
+    "conversations-for-clm": ({"objective": "clm"}, ("data.jsonl:1", "objective clm does not learn")),
+    "weight-without-turns": ({"data": {"path": "data.jsonl", "weight": 2}}, ("data.0.weight", "interleave")),
+    "column-that-is-not-there": (
+        {"data": {"path": "data.jsonl", "columns": {"messages": "talk"}}},
+        ("data.jsonl:1", "'talk'", "messages"),
+    ),
+    "column-of-no-meaning": ({"data": {"path": "data.jsonl", "columns": {"question": "talk"}}}, ("data.0.columns", "question")),
     "second-missing": ({"data": ["data.jsonl", "more.jsonl"]}, ("data", "more.jsonl")),
     "another-form": ({"data": {"path": "data.jsonl", "format": "alpaca"}}, ("data.jsonl:1", "without an answer")),
     "validation-missing": ({"validation": "held.jsonl"}, ("held.jsonl",)),

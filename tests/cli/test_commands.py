@@ -4,6 +4,7 @@ The model of these tests learns one conversation by heart, so that what it answe
 it says "first", and asked again "second".
 """
 
+import gzip
 import importlib.metadata
 import json
 import math
@@ -137,7 +138,7 @@ def test_config_is_kept_resolved(trained: Trained) -> None:
     kept = yaml.safe_load((trained.run / "config.yaml").read_text())
     for name in ("model", "output", "max_seq_len", "batch_size", "steps", "eval_every", "validation"):
         assert kept[name] == given[name]
-    assert kept["data"] == [{"path": "talk.jsonl", "format": "auto"}]
+    assert [(source["path"], source["format"]) for source in kept["data"]] == [("talk.jsonl", "auto")]
     assert kept["method"] | given["method"] == kept["method"]
     assert kept["method"]["target_modules"] == "all-linear"
     assert kept["optimizer"] == {"type": "adamw", "lr": RATE, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -251,6 +252,39 @@ def test_jobs_give_an_adapter_each(tmp_path: Path, model_folder: Path) -> None:
     for name in ("red", "blue"):
         assert f"run/adapters/{name}" in ran.out
         assert here("chat", tmp_path / "run", "--adapter", name, "--prompt", "Colour?").out == f"{name}\n"
+
+
+def test_sources_of_every_kind_in_turns(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table with names of its own and packed lines, two to one; what is shown is what is trained."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("question,reply\n" + "".join(f"Q{i},A{i}\n" for i in range(4)))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "P", "completion": "C"}\n' * 2))
+    sources = [{"path": "a.csv", "columns": {"instruction": "question", "output": "reply"}, "weight": 2}, "b.jsonl.gz"]
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data=sources, mixing="interleave", steps=1))
+    shown = here("data", "show", "config.yaml", "-n", "9")
+    assert shown.code == 0, shown.err
+    titles = [line for line in shown.out.splitlines() if line.startswith(("a.csv:", "b.jsonl.gz:"))]
+    order = ["a.csv:2", "a.csv:3", "b.jsonl.gz:1", "a.csv:4", "a.csv:5", "b.jsonl.gz:2"]
+    assert [title.split(": ")[0] for title in titles] == order
+    assert here("train", "config.yaml").code == 0
+
+
+def test_plain_text_is_learned_by_clm(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of documents; a model that has learned one by heart goes on with it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    text = "The snug fox tunes a lamp."
+    (tmp_path / "texts/a.txt").write_text(text)
+    fields = taught(model_folder, data="texts", objective="clm", batch_size=1)
+    write_config(tmp_path / "config.yaml", **fields)
+    assert "The« snug fox" in here("data", "show", "config.yaml").out
+    ran = forked("train", "config.yaml", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(tmp_path / "run/adapters/default"))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    ids = tokenizer(text[:8], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False)
+    assert tokenizer.decode(out[0], skip_special_tokens=True) == text
 
 
 def test_a_job_that_diverges_is_given_up_alone(tmp_path: Path, model_folder: Path) -> None:

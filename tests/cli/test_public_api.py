@@ -17,15 +17,18 @@ import snugtune
 from snugtune import errors
 
 CONFIG_FIELDS = {
-    "RunConfig": ["data", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation", "eval_every",
-                  "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
+    "RunConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
+                  "eval_every", "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
                   "keep_checkpoints", "trust_remote_code", "plan", "jobs"],
-    "JobConfig": ["data", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation", "eval_every",
-                  "max_grad_norm", "seed", "optimizer", "schedule", "name"],
-    "SourceConfig": ["path", "format"],
+    "JobConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
+                  "eval_every", "max_grad_norm", "seed", "optimizer", "schedule", "name"],
+    "SourceConfig": ["path", "format", "columns", "weight", "max_examples", "split", "subset", "streaming"],
+    "ConcatConfig": ["type"],
+    "InterleaveConfig": ["type", "until"],
     "LoraConfig": ["type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"],
     "FullConfig": ["type"],
     "SftConfig": ["type"],
+    "ClmConfig": ["type"],
     "AdamWConfig": ["type", "lr", "betas", "eps", "weight_decay"],
     "ConstantConfig": ["warmup", "type"],
     "LinearConfig": ["warmup", "type"],
@@ -37,6 +40,14 @@ RESOLVED = """\
 data:
 - path: data.jsonl
   format: auto
+  columns: {}
+  weight: 1.0
+  max_examples: null
+  split: train
+  subset: null
+  streaming: false
+mixing:
+  type: concat
 max_seq_len: 1024
 method:
   type: lora
@@ -135,14 +146,16 @@ def test_names_stay_functions_whatever_is_imported() -> None:
 def test_config_fields() -> None:
     """Every field of every config that can stand in a run's YAML, in the order it is written."""
     from snugtune import config
+    from snugtune.data.mix import ConcatConfig, InterleaveConfig
     from snugtune.data.sources import SourceConfig
     from snugtune.methods.full import FullConfig
     from snugtune.methods.lora import LoraConfig
+    from snugtune.objectives.clm import ClmConfig
     from snugtune.objectives.sft import SftConfig
     from snugtune.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig
 
-    kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, AdamWConfig,
-             ConstantConfig, LinearConfig, CosineConfig)  # fmt: skip
+    kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, ClmConfig,
+             ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig)  # fmt: skip
     assert {kind.__name__: list(kind.model_fields) for kind in kinds} == CONFIG_FIELDS
     in_schema = set(config.RunConfig.model_json_schema()["$defs"])
     assert in_schema <= CONFIG_FIELDS.keys(), "a config that this test does not know of"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tokenizers_for_tests import byte_level, sentencepiece_like
 
+from snugtune.data.forms import Conversation
 from snugtune.data.render import TRAINING_DATE, Renderer, render_all
-from snugtune.data.sources import Conversation, Drops
+from snugtune.data.sources import Drops
 from snugtune.errors import InputError
 from snugtune.model.load import FALLBACK_TEMPLATE
 

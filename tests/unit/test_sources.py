@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snugtune.data.sources import Drops, SourceConfig, read_conversations
+from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
 
 
@@ -26,7 +26,7 @@ def data_file(tmp_path: Path):
 
 def read(*paths: Path, form: Any = "auto", drops: Drops | None = None):
     sources = tuple(SourceConfig(path=str(path), format=form) for path in paths)
-    return read_conversations(sources, Drops() if drops is None else drops)
+    return [item for items in read_sources(sources, Drops() if drops is None else drops) for item in items]
 
 
 def lines_of(path: Path, drops: Drops | None = None) -> list[int]:
@@ -94,8 +94,30 @@ FORMS = {
     ),
     "messages": ({"messages": [user("Q"), assistant("A")]}, [user("Q"), assistant("A")]),
     "messages with system and more fields": (
-        {"id": 7, "messages": [system("S"), user("Q"), {**assistant("A"), "name": "x"}, user("Q2"), assistant("A2")]},
+        {"id": 7, "messages": [system("S"), user("Q"), {**assistant("A"), "id": "x"}, user("Q2"), assistant("A2")]},
         [system("S"), user("Q"), assistant("A"), user("Q2"), assistant("A2")],
+    ),
+    "messages in parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]},
+                assistant("A"),
+            ]
+        },
+        [user("Q?"), assistant("A")],
+    ),
+    "messages with a tool": (
+        {"messages": [user("Q"), {"role": "tool", "content": "T"}, assistant("A")]},
+        [user("Q"), {"role": "tool", "content": "T"}, assistant("A")],
+    ),
+    "messages with a call and a weight": (
+        {"messages": [user("Q"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "weight": 0}]},
+        [user("Q"), {**assistant(""), "tool_calls": [{"id": "1"}], "weight": 0.0}],
+    ),
+    "prompt": ({"prompt": "Q", "completion": "A"}, [user("Q"), assistant("A")]),
+    "prompt of messages": (
+        {"prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
+        [system("S"), user("Q"), assistant("A")],
     ),
     "messages before all else": (
         {"messages": [user("Q"), assistant("A")], "instruction": "no", "output": "no"},
@@ -272,19 +294,19 @@ def test_files_that_are_none_are_refused(tmp_path: Path, data_file):
     with pytest.raises(InputError, match=r"data: no file .*nowhere\.jsonl"):
         read(tmp_path / "nowhere.jsonl")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match=r"folder\.json is a folder; give a \.json or \.jsonl file"):
+    with pytest.raises(InputError, match=r"folder .*folder\.json holds no file that snugtune reads \(\.csv, \.json"):
         read(tmp_path / "folder.json")
 
 
-@pytest.mark.parametrize("name", ["d.csv", "d.txt", "d", "d.json.gz", "json"])
+@pytest.mark.parametrize("name", ["d.xml", "d", "d.gz", "d.xml.gz", "json"])
 def test_other_endings_are_refused(data_file, name: str):
-    with pytest.raises(InputError, match=r"unknown ending '.*'; snugtune reads \.json, \.jsonl"):
+    with pytest.raises(InputError, match=r"unknown ending '.*'; snugtune reads \.csv, \.json"):
         read(data_file(GOOD_LINE, name))
 
 
 @pytest.mark.parametrize(("content", "name"), [("", "d.jsonl"), ("\n \n", "d.jsonl"), ("[]", "d.json"), ("[\n]\n", "d.json")])
 def test_files_without_records_are_refused(data_file, content: str, name: str):
-    with pytest.raises(InputError, match=r"no usable example: the file holds no records"):
+    with pytest.raises(InputError, match=r"no usable example: it holds no records"):
         read(data_file(content, name))
 
 
@@ -308,7 +330,18 @@ UNUSABLE = [
     pytest.param("text", "not JSON objects", id="a text"),
     pytest.param(None, "not JSON objects", id="null"),
     pytest.param({}, "no known form", id="empty"),
-    pytest.param({"prompt": "a", "completion": "b"}, "no known form", id="another form"),
+    pytest.param({"question": "a", "reply": "b"}, "no known form", id="another form"),
+    pytest.param({"prompt": "a", "completion": " "}, "without an answer", id="blank completion"),
+    pytest.param({"prompt": "a", "completion": 1}, "'completion' is not text", id="a number as completion"),
+    pytest.param({"text": " "}, "without text", id="blank text"),
+    pytest.param({"text": 5}, "'text' is not text", id="a number as text"),
+    pytest.param({"prompt": "a", "chosen": "b", "rejected": ""}, "without two answers", id="one answer of two"),
+    pytest.param({"chosen": "b", "rejected": "c"}, "without a prompt", id="answers to nothing"),
+    pytest.param({"prompt": "a", "completion": "b", "weight": -1}, "'weight'", id="negative weight"),
+    pytest.param({"prompt": "a", "completion": "b", "weight": "lots"}, "'weight'", id="text as weight"),
+    pytest.param({"messages": [user("a"), {**assistant("b"), "weight": True}]}, "'weight'", id="a switch as weight"),
+    pytest.param({"messages": [user("a"), assistant("b")], "tools": "{"}, "'tools' is not JSON", id="broken tools"),
+    pytest.param({"messages": [user("a"), assistant("b")], "tools": ["f"]}, "'tools'", id="names as tools"),
     pytest.param({"instruction": "a"}, "no known form", id="alpaca without output"),
     pytest.param({"instruction": "a", "output": " \n"}, "without an answer", id="blank answer"),
     pytest.param({"instruction": "a", "output": None}, "without an answer", id="null answer"),
@@ -325,16 +358,16 @@ UNUSABLE = [
     pytest.param({"messages": None}, "'messages' is not a list of turns", id="null turns"),
     pytest.param({"messages": ["Hi"]}, "without 'role' and 'content'", id="texts as turns"),
     pytest.param({"messages": [{"role": "user"}, assistant("b")]}, "without 'role' and 'content'", id="no content"),
-    pytest.param({"messages": [{"role": "tool", "content": "a"}, assistant("b")]}, "unknown role", id="a tool"),
+    pytest.param({"messages": [{"role": "oracle", "content": "a"}, assistant("b")]}, "unknown role", id="an oracle"),
     pytest.param({"messages": [{"role": 3, "content": "a"}, assistant("b")]}, "unknown role", id="a number as role"),
     pytest.param({"messages": [{"role": [], "content": "a"}, assistant("b")]}, "unknown role", id="a list as role"),
-    pytest.param({"messages": [{"role": "user", "content": [{}]}, assistant("b")]}, "'content' is not text", id="parts"),
+    pytest.param({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("b")]}, "not text", id="parts"),
     pytest.param({"messages": [user("a")]}, "without an answer", id="no answer"),
     pytest.param({"messages": [user("a"), assistant(" ")]}, "without an answer", id="blank turn"),
     pytest.param({"messages": [assistant("a"), user("b"), assistant("c")]}, "begin with an answer", id="answer first"),
     pytest.param({"conversations": [said("gpt", "a")]}, "begin with an answer", id="answer alone"),
     pytest.param({"conversations": [user("a")]}, "without 'from' and 'value'", id="sharegpt with other names"),
-    pytest.param({"conversations": [said("observation", "a")]}, "unknown role", id="sharegpt with a tool"),
+    pytest.param({"conversations": [said("oracle", "a")]}, "unknown role", id="sharegpt with an oracle"),
     pytest.param({"instruction": "half an emoji \ud83d", "output": "b"}, "Unicode", id="half an emoji asked"),
     pytest.param({"messages": [user("a"), assistant("half an emoji \ude00")]}, "Unicode", id="half an emoji answered"),
 ]

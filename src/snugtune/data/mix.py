@@ -8,13 +8,49 @@ label count, like any other's.
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+from pydantic import Field
 
 from snugtune.data.pack import derive_seed
+from snugtune.schema import Config
 
 T = TypeVar("T")
+
+
+class ConcatConfig(Config):
+    """All sources, one after the other."""
+
+    type: Literal["concat"] = "concat"
+
+
+class InterleaveConfig(Config):
+    """Sources in turns, in proportion to their weights."""
+
+    type: Literal["interleave"] = "interleave"
+    until: Literal["first", "last"] = Field(
+        default="first", description="an epoch ends when the first source is used up, or the last (the others repeat)"
+    )
+
+
+def interleave(sizes: Sequence[int], weights: Sequence[float], until: Literal["first", "last"]) -> list[tuple[int, int]]:
+    """(source, index) of an epoch's examples. After any number of turns each source had its share, to within one turn.
+
+    Of the sources that are behind their share, the one whose next turn is due first (Tijdeman 1980, "The chairman
+    assignment problem"). All sizes are at least 1.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    taken = [0] * len(sizes)
+    order: list[tuple[int, int]] = []
+    while until == "first" or any(t < size for t, size in zip(taken, sizes, strict=True)):
+        behind = [s for s, share in enumerate(shares) if taken[s] < (len(order) + 1) * share]
+        due = min(behind, key=lambda s: ((taken[s] + 1) / shares[s], s))
+        if until == "first" and taken[due] == sizes[due]:
+            break
+        order.append((due, taken[due] % sizes[due]))
+        taken[due] += 1
+    return order
 
 
 def total_steps(examples: int, batch_size: int, epochs: float | None, steps: int | None) -> int:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from snugtune.data.sources import Conversation, Drops
+from snugtune.data.forms import Conversation, Item, Message
+from snugtune.data.sources import Drops
 from snugtune.errors import InputError
 from snugtune.types import Example
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, Any]]
 TRAINING_DATE = datetime(2025, 1, 1)
 """What templates that ask for today's date (`strftime_now`: Llama 3, Granite) get in training: examples must not change
 overnight."""
@@ -26,10 +28,11 @@ _MARK = "snugtune-mark"  # stands for an answer where only the template's own te
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of one training example and the character spans [start, end) that are trained."""
+    """Text of one training example, the character spans [start, end) that are trained, and the weight of each."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
 
 
 class Renderer:
@@ -45,28 +48,33 @@ class Renderer:
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
-    def template(self, messages: Messages, for_answer: bool = False) -> str:
+    def template(self, messages: Messages, for_answer: bool = False, tools: Tools = ()) -> str:
         """The conversation as the model's text; `for_answer` ends with the opening of an assistant turn."""
-        plain = [dict(m) for m in messages]
+        plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
         return self.tokenizer.apply_chat_template(
-            plain, chat_template=self.chat_template, tokenize=False, add_generation_prompt=for_answer
+            plain,
+            tools=[dict(tool) for tool in tools] or None,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=for_answer,
         )
 
-    def render(self, messages: Messages) -> tuple[Rendered, ...]:
+    def render(self, messages: Messages, tools: Tools = ()) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        whole = self.template(messages[: answers[-1] + 1])
-        spans = [self._span(messages, i) for i in answers]
+        weights = tuple(float(messages[i].get("weight", 1.0)) for i in answers)
+        whole = self.template(messages[: answers[-1] + 1], tools=tools)
+        spans = [self._span(messages, i, tools) for i in answers]
         if all(whole.startswith(text) for text, _ in spans):
-            return (Rendered(whole, tuple(span for _, span in spans)),)
-        return tuple(Rendered(text, (span,)) for text, span in spans)
+            return (Rendered(whole, tuple(span for _, span in spans), weights),)
+        return tuple(Rendered(text, (span,), (weight,)) for (text, span), weight in zip(spans, weights, strict=True))
 
-    def _span(self, messages: Messages, answer: int) -> tuple[str, tuple[int, int]]:
+    def _span(self, messages: Messages, answer: int, tools: Tools) -> tuple[str, tuple[int, int]]:
         """The text up to and with the answer, and where in it the answer stands."""
-        text = self.template(messages[: answer + 1])
-        opening = self.template(messages[:answer], for_answer=True)
+        text = self.template(messages[: answer + 1], tools=tools)
+        opening = self.template(messages[:answer], for_answer=True, tools=tools)
         if not text.startswith(opening):  # some templates open an answer otherwise than they record it
-            marked = self.template([*messages[:answer], {"role": "assistant", "content": _MARK}])
+            marked = self.template([*messages[:answer], {"role": "assistant", "content": _MARK}], tools=tools)
             opening, found, _ = marked.rpartition(_MARK)
             if not found or not text.startswith(opening):
                 raise TemplateError("the chat template rewrites the question when it is answered")
@@ -84,13 +92,13 @@ class Renderer:
         return next((token for token in after if token in control), self.tokenizer.eos_token_id)
 
     def tokenize(self, rendered: Rendered) -> tuple[list[int], list[float]]:
-        """Token ids and their weights as targets: 1 for each answer up to its end token, which is added where there is none."""
+        """Token ids and their weights as targets: each answer's, up to its end token, which is added where there is none."""
         ids, owners = self._encode(rendered.text, 0, rendered.spans)
         ends = {n: self._end_of(n, ids, owners) for n in range(len(rendered.spans))}
         unclosed = [rendered.spans[n][1] for n, end in ends.items() if end is None]
         if unclosed:
             return self._tokenize_unclosed(rendered, unclosed)
-        return ids, [1.0 if n >= 0 and place <= (ends[n] or 0) else 0.0 for place, n in enumerate(owners)]
+        return ids, [rendered.weights[n] if n >= 0 and place <= (ends[n] or 0) else 0.0 for place, n in enumerate(owners)]
 
     def _encode(self, text: str, start: int, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Ids of `text`, which begins at character `start`, and for each the span that it belongs to (-1: none)."""
@@ -118,10 +126,10 @@ class Renderer:
         for cut in (*unclosed, len(rendered.text)):
             piece, owners = self._encode(rendered.text[start:cut], start, rendered.spans)
             ids += piece
-            weights += [1.0 if n >= 0 else 0.0 for n in owners]
+            weights += [rendered.weights[n] if n >= 0 else 0.0 for n in owners]
             if cut in unclosed and (start < cut or not ids):
                 ids.append(self.end_of_turn)
-                weights.append(1.0)
+                weights.append(next(w for (_, end), w in zip(rendered.spans, rendered.weights, strict=True) if end == cut))
             start = cut
         return ids, weights
 
@@ -139,13 +147,16 @@ def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
     return last <= high and (not blanks or (blanks.isspace() and bool(inside.strip())))
 
 
-def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
+def render_all(items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
     """Tokenise all conversations, cut to `max_seq_len`; what is cut or dropped is counted. Raises if nothing is left."""
     renderer = Renderer(tokenizer, TRAINING_DATE)
     examples: list[Example] = []
-    for conversation in conversations:
+    for conversation in items:
+        if not isinstance(conversation, Conversation):
+            drops.add(f"{type(conversation).__name__.lower()}s, which objective sft does not learn", conversation.source)
+            continue
         try:
-            pieces = renderer.render(conversation.messages)
+            pieces = renderer.render(conversation.messages, conversation.tools)
         except TemplateError as error:
             drops.add(f"examples the chat template refuses ({error})", conversation.source)
             continue
@@ -154,7 +165,8 @@ def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_seq_le
                 "conversations split into one example per answer, since the template rewrites earlier turns", conversation.source
             )
         for piece in pieces:
-            example = _to_example(*renderer.tokenize(piece), conversation.source, max_seq_len, drops)
+            ids, weights = renderer.tokenize(piece)
+            example = _to_example(ids, [conversation.weight * w for w in weights], conversation.source, max_seq_len, drops)
             if example is not None:
                 examples.append(example)
     if not examples:

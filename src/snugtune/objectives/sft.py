@@ -4,6 +4,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from snugtune.data.render import render_all
 from snugtune.schema import Config
 from snugtune.types import Chunk
 
@@ -21,7 +22,12 @@ class Scorer(Protocol):
 
 
 class Sft:
-    """Sum over scored positions of weight x negative log likelihood; its size is the sum of the weights."""
+    """Conversations, of which the assistant's turns are learned.
+
+    Sum over scored positions of weight x negative log likelihood; its size is the sum of the weights.
+    """
+
+    tokenise = staticmethod(render_all)
 
     def size(self, chunk: Chunk) -> float:
         """What the chunk counts for in its step, known before any forward."""

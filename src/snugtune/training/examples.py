@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from snugtune.config import JobConfig
-from snugtune.data.mix import split
-from snugtune.data.render import render_all
-from snugtune.data.sources import Conversation, Drops, SourceConfig, read_conversations
+from snugtune.data.forms import Item
+from snugtune.data.mix import InterleaveConfig, interleave, split
+from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
+from snugtune.objectives import OBJECTIVES
 from snugtune.types import Example
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -19,10 +20,10 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 @dataclass(frozen=True)
 class JobText:
-    """A job's conversations, before any tokens."""
+    """A job's conversations or documents, before any tokens."""
 
-    train: tuple[Conversation, ...]
-    held_out: tuple[Conversation, ...]
+    train: tuple[Item, ...]
+    held_out: tuple[Item, ...]
     drops: Drops
 
 
@@ -50,22 +51,31 @@ class JobData:
 def read_job(job: JobConfig) -> JobText:
     """Read the job's files and hold out its validation part. Raises `InputError`; loads no model."""
     drops = Drops()
-    conversations = read_conversations(job.data, drops)
+    sources = read_sources(job.data, drops)
     if job.validation is None:
-        return JobText(tuple(conversations), (), drops)
+        return JobText(_mixed(job, sources), (), drops)
     if isinstance(job.validation, str):
-        held_out = read_conversations((SourceConfig(path=job.validation, format="auto"),), drops)
-        return JobText(tuple(conversations), tuple(held_out), drops)
-    if len(conversations) < 2:
-        raise InputError(f"validation: {len(conversations)} example cannot be split; give more data or no validation")
-    train, held_out = split(conversations, job.validation, job.seed)
-    return JobText(tuple(train), tuple(held_out), drops)
+        (held_out,) = read_sources((SourceConfig(path=job.validation),), drops)
+        return JobText(_mixed(job, sources), tuple(held_out), drops)
+    if all(len(items) < 2 for items in sources):
+        raise InputError("validation: 1 example cannot be split; give more data or no validation")
+    # Each source is split by itself: what is held out never comes back as a repeat of the mixture.
+    parts = [split(items, job.validation, job.seed) if len(items) > 1 else (items, []) for items in sources]
+    return JobText(_mixed(job, [train for train, _ in parts]), tuple(item for _, held in parts for item in held), drops)
+
+
+def _mixed(job: JobConfig, sources: Sequence[Sequence[Item]]) -> tuple[Item, ...]:
+    if not isinstance(job.mixing, InterleaveConfig):
+        return tuple(item for items in sources for item in items)
+    order = interleave([len(items) for items in sources], [source.weight for source in job.data], job.mixing.until)
+    return tuple(sources[source][index] for source, index in order)
 
 
 def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track) -> JobData:
     """Render and tokenise; the remarks say what was dropped or cut, and how much is left."""
+    tokenise = OBJECTIVES[type(job.objective)].tokenise
     train, held_out = (
-        tuple(render_all(track(part, f"tokenising {job.name}"), tokenizer, job.max_seq_len, text.drops)) if part else ()
+        tuple(tokenise(track(part, f"tokenising {job.name}"), tokenizer, job.max_seq_len, text.drops)) if part else ()
         for part in (text.train, text.held_out)
     )
     tokens, labels = sum(len(e.tokens) for e in train), sum(int((e.weights > 0).sum()) for e in train)

@@ -1,0 +1,249 @@
+"""From records to what can be trained on: alpaca, ShareGPT, OpenAI messages, prompt and completion, text, preferences.
+
+A record that is sound but cannot be trained on raises `Unusable` with the reason in words that can be counted.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+Form = Literal["alpaca", "sharegpt", "messages", "prompt", "preference", "text"]
+Message = Mapping[str, Any]
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+          "chatgpt": "assistant", "bing": "assistant", "system": "system", "developer": "system",
+          "tool": "tool", "observation": "tool", "function_call": "assistant"}  # fmt: skip
+_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+"""What OpenAI's messages may carry besides role and content; templates that know it use it."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages: mappings with `role` (system | user | assistant | tool), `content`, and perhaps `weight`, `tool_calls`, ...
+
+    `tools` are function schemas for the template; `weight` multiplies the loss of every token; `source` is file:line.
+    """
+
+    messages: tuple[Message, ...]
+    source: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, all of which is learned."""
+
+    text: str
+    source: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A conversation's beginning and two ways it may go on."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    source: str
+    weight: float = 1.0
+
+
+Item = Conversation | Document | Preference
+
+
+class Unusable(Exception):
+    """Why one record cannot be trained on."""
+
+
+def read_form(record: Any, form: Form | Literal["auto"], columns: Mapping[str, str], source: str) -> Item:
+    """The item in one record. `columns` maps our names to the record's own. Raises `Unusable`."""
+    if not isinstance(record, Mapping):
+        raise Unusable("records that are not JSON objects")
+    record = _renamed(record, columns)
+    chosen = _detect(record) if form == "auto" else form
+    item = _FORMS[chosen](record, source)
+    return replace(item, weight=_weight(record))
+
+
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    missing = [theirs for theirs in columns.values() if theirs not in record]
+    if missing:
+        raise Unusable(f"records without the column '{missing[0]}' (they have {', '.join(map(str, record))})")
+    taken = set(columns.values())
+    return {k: v for k, v in record.items() if k not in taken} | {ours: record[theirs] for ours, theirs in columns.items()}
+
+
+def _detect(record: Mapping[str, Any]) -> Form:
+    for form, keys in _SIGNS.items():
+        if all(key in record for key in keys):
+            return form
+    raise Unusable(f"records of no known form ({', '.join(get_args(Form))})")
+
+
+_SIGNS: dict[Form, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+
+def _weight(record: Mapping[str, Any]) -> float:
+    """The loss weight of a record or message; tables may give it as text."""
+    value = record.get("weight", 1.0)
+    try:
+        weight = float(1.0 if value is None or value == "" else value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if isinstance(value, bool) or not (math.isfinite(weight) and weight >= 0):
+        raise Unusable("records whose 'weight' is not a number of at least 0")
+    return weight
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Unusable(f"records whose '{key}' is not text")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise Unusable("records with half a character (a lone surrogate, which is no Unicode text)")
+    return value
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _conversation(messages: Sequence[Message], source: str, tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+    if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
+        raise Unusable("records without an answer to learn")
+    if messages[0]["role"] == "assistant":
+        raise Unusable("records that begin with an answer")
+    return Conversation(tuple(messages), source, tuple(tools))
+
+
+def _alpaca(record: Mapping[str, Any], source: str) -> Conversation:
+    system, history = _text(record, "system"), record.get("history") or []
+    messages = [_message("system", system)] if system else []
+    if not isinstance(history, list):
+        raise Unusable("records whose 'history' is not a list of [question, answer]")
+    for turn in history:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
+            raise Unusable("records whose 'history' is not a list of [question, answer]")
+        pair = {"question": turn[0], "answer": turn[1]}
+        messages += [_message("user", _text(pair, "question")), _message("assistant", _text(pair, "answer"))]
+    question = "\n".join(part for part in (_text(record, "instruction"), _text(record, "input")) if part)
+    return _conversation([*messages, _message("user", question), _message("assistant", _text(record, "output"))], source)
+
+
+def _turns(turns: Any, key: str, role_key: str, text_key: str) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns:
+        raise Unusable(f"records whose '{key}' is not a list of turns")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or role_key not in turn or (text_key not in turn and not turn.get("tool_calls")):
+            raise Unusable(f"records with a turn without '{role_key}' and '{text_key}'")
+        role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise Unusable("records with a turn of an unknown role")
+        extra = {k: turn[k] for k in _KEPT if turn.get(k) is not None}
+        own_weight = {"weight": _weight(turn)} if turn.get("weight") is not None else {}
+        messages.append({**_message(role, _said_text(turn, text_key)), **extra, **own_weight})
+    return tuple(messages)
+
+
+def _said_text(turn: Mapping[str, Any], key: str) -> str:
+    """The text of a turn, which OpenAI also writes as a list of parts."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return _text(turn, key)
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise Unusable(f"records with parts of '{key}' that are not text")
+    return "".join(_text(part, "text") for part in parts)
+
+
+def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = _text(record, "system")
+    return (_message("system", system), *messages) if system and messages[0]["role"] != "system" else messages
+
+
+def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Function schemas: a list, or (ShareGPT) the JSON text of one."""
+    tools = record.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise Unusable("records whose 'tools' is not JSON") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise Unusable("records whose 'tools' is not a list of functions")
+    return tuple(tools)
+
+
+def _sharegpt(record: Mapping[str, Any], source: str) -> Conversation:
+    messages = _turns(record.get("conversations"), "conversations", "from", "value")
+    return _conversation(_with_system(record, messages), source, _tools(record))
+
+
+def _openai(record: Mapping[str, Any], source: str) -> Conversation:
+    messages = _turns(record.get("messages"), "messages", "role", "content")
+    return _conversation(_with_system(record, messages), source, _tools(record))
+
+
+def _prompt(record: Mapping[str, Any], source: str) -> Conversation:
+    """Prompt and completion: texts, or lists of messages."""
+    before, after = (_said(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
+    return _conversation(_with_system(record, (*before, *after)), source, _tools(record))
+
+
+def _said(record: Mapping[str, Any], key: str, role: str) -> tuple[Message, ...]:
+    """A text as one turn of `role`; one turn or a list of turns, in OpenAI's or ShareGPT's words, as they are."""
+    value = record.get(key)
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list):
+        return (_message(role, _text(record, key)),)
+    of_sharegpt = bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
+    return _turns(turns, key, *(("from", "value") if of_sharegpt else ("role", "content")))
+
+
+def _preference(record: Mapping[str, Any], source: str) -> Preference:
+    """`chosen` and `rejected` after `prompt`, `conversations`, `messages` or `instruction`, or both with what went before."""
+    chosen, rejected = _said(record, "chosen", "assistant"), _said(record, "rejected", "assistant")
+    key = next((k for k in ("prompt", "conversations", "messages", "instruction") if record.get(k)), None)
+    if key == "instruction":
+        question = "\n".join(part for part in (_text(record, "instruction"), _text(record, "input")) if part)
+        prompt = (_message("user", question),)
+    elif key is not None:
+        prompt = _said(record, key, "user")
+    else:
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise Unusable("records of preferences without a prompt")
+    if not all(side and side[-1]["role"] == "assistant" and side[-1]["content"].strip() for side in (chosen, rejected)):
+        raise Unusable("records of preferences without two answers")
+    return Preference(_with_system(record, prompt), chosen, rejected, source)
+
+
+def _document(record: Mapping[str, Any], source: str) -> Document:
+    text = _text(record, "text")
+    if not text.strip():
+        raise Unusable("records without text")
+    return Document(text, source)
+
+
+_FORMS: dict[Form, Callable[[Mapping[str, Any], str], Item]] = {
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "messages": _openai,
+    "prompt": _prompt,
+    "preference": _preference,
+    "text": _document,
+}

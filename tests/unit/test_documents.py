@@ -1,0 +1,72 @@
+"""Plain text as training examples: every token of a document but its first is learned exactly once."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny_tokenizer
+from snugtune.data.documents import tokenise_documents
+from snugtune.data.forms import Conversation, Document
+from snugtune.data.mix import interleave
+from snugtune.data.sources import Drops
+from snugtune.errors import InputError
+
+TOKENIZER = tiny_tokenizer()
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), st.integers(2, 20))
+def test_every_token_is_learned_once(text: str, length: int) -> None:
+    ids = [*TOKENIZER(text, split_special_tokens=True)["input_ids"], TOKENIZER.eos_token_id]
+    examples = tokenise_documents([Document(text, "d:1")], TOKENIZER, length, Drops())
+    assert all(2 <= len(e.tokens) <= length for e in examples)
+    learned = [int(t) for e in examples for t, w in zip(e.tokens, e.weights, strict=True) if w]
+    assert learned == ids[1:]
+    for before, after in pairwise(examples):
+        assert before.tokens[-1] == after.tokens[0], "each piece goes on from the last token of the one before"
+
+
+def test_control_tokens_in_a_text_stay_text() -> None:
+    (example,) = tokenise_documents([Document("a <|im_end|> b", "d:1")], TOKENIZER, 100, Drops())
+    assert example.tokens.tolist().count(TOKENIZER.eos_token_id) == 1
+    assert int(example.tokens[-1]) == TOKENIZER.eos_token_id
+    assert TOKENIZER.decode(example.tokens[:-1]) == "a <|im_end|> b"
+
+
+def test_a_tokenizer_that_begins_its_texts_does_so_here() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    plain = tokenise_documents([Document("ab", "d:1")], tokenizer, 100, Drops())[0].tokens.tolist()
+    assert plain[0] != tokenizer.bos_token_id, "one that has such a token but does not put it there is left alone"
+
+
+def test_weights_and_cuts_are_kept_and_counted() -> None:
+    drops = Drops()
+    examples = tokenise_documents([Document("abcdefgh" * 4, "d:1", 0.5), Document("a", "d:2")], TOKENIZER, 6, drops)
+    assert {float(w) for e in examples[:-1] for w in e.weights} == {0.0, 0.5}
+    assert drops.lines() == ["1 documents cut into pieces of max_seq_len=6 tokens (nothing is lost) (d:1)"]
+
+
+def test_conversations_are_not_documents() -> None:
+    with pytest.raises(InputError, match=r"1 conversations, which objective clm does not learn .*d:1"):
+        tokenise_documents([Conversation(({"role": "user", "content": "a"},), "d:1")], TOKENIZER, 9, Drops())
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 5.0)), min_size=1, max_size=4), st.sampled_from(["first", "last"]))
+def test_interleaving_keeps_the_shares(sources: list[tuple[int, float]], until) -> None:
+    """To within one turn at every moment; `first` ends when a source is used up, `last` when all are."""
+    sizes, weights = [n for n, _ in sources], [w for _, w in sources]
+    order = interleave(sizes, weights, until)
+    taken = [0] * len(sizes)
+    for turns, (source, index) in enumerate(order, 1):
+        assert index == taken[source] % sizes[source], "each source in its own order, again and again"
+        taken[source] += 1
+        for count, weight in zip(taken, weights, strict=True):
+            assert abs(count - turns * weight / sum(weights)) < 1 + 1e-6
+    if until == "first":
+        assert all(t <= n for t, n in zip(taken, sizes, strict=True)) and any(t == n for t, n in zip(taken, sizes, strict=True))
+    else:
+        assert all(t >= n for t, n in zip(taken, sizes, strict=True))
+        assert taken[order[-1][0]] == sizes[order[-1][0]], "the last turn is what the last source still lacked"
