@@ -291,7 +291,10 @@ def _first_message(error: ValidationError) -> str:
     return _message(error.errors()[0])
 
 
-_BRANCHES = {"float", "str", "int", "lora", "full", "sft", "clm", "constant", "linear", "cosine", "concat", "interleave"}
+_BRANCHES = {
+    *("float", "str", "int", "lora", "full", "freeze", "sft", "clm"),
+    *("constant", "linear", "cosine", "wsd", "concat", "interleave"),
+}
 """What pydantic puts in a location for the branch of a union, where a person sees a field only."""
 
 

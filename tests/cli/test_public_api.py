@@ -27,12 +27,14 @@ CONFIG_FIELDS = {
     "InterleaveConfig": ["type", "until"],
     "LoraConfig": ["type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"],
     "FullConfig": ["type"],
+    "FreezeConfig": ["type", "last_blocks", "first_blocks", "embeddings", "head", "names"],
     "SftConfig": ["type"],
     "ClmConfig": ["type"],
     "AdamWConfig": ["type", "lr", "betas", "eps", "weight_decay"],
     "ConstantConfig": ["warmup", "type"],
     "LinearConfig": ["warmup", "type"],
     "CosineConfig": ["warmup", "type"],
+    "WsdConfig": ["warmup", "type", "cooldown", "shape"],
     "PlanConfig": ["weights", "micro_batch", "recompute"],
 }  # fmt: skip
 
@@ -148,14 +150,16 @@ def test_config_fields() -> None:
     from snugtune import config
     from snugtune.data.mix import ConcatConfig, InterleaveConfig
     from snugtune.data.sources import SourceConfig
+    from snugtune.methods.freeze import FreezeConfig
     from snugtune.methods.full import FullConfig
     from snugtune.methods.lora import LoraConfig
     from snugtune.objectives.clm import ClmConfig
     from snugtune.objectives.sft import SftConfig
-    from snugtune.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig
+    from snugtune.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, WsdConfig
 
     kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, ClmConfig,
-             ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig)  # fmt: skip
+             ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig,
+             WsdConfig, FreezeConfig)  # fmt: skip
     assert {kind.__name__: list(kind.model_fields) for kind in kinds} == CONFIG_FIELDS
     in_schema = set(config.RunConfig.model_json_schema()["$defs"])
     assert in_schema <= CONFIG_FIELDS.keys(), "a config that this test does not know of"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
+from transformers.optimization import get_wsd_schedule
 
-from snugtune.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, learning_rate
+from snugtune.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, WsdConfig, learning_rate
 
 KINDS = {"constant_with_warmup": ConstantConfig, "linear": LinearConfig, "cosine": CosineConfig}
 
@@ -42,6 +43,27 @@ def test_a_warmup_below_one_is_a_part_of_the_run(name: str, fraction: float, tot
     """Rounded up to whole steps, as transformers does; from 1 on it is a number of steps."""
     ours = [learning_rate(KINDS[name](warmup=fraction), 1.0, step, total) for step in range(total)]
     assert ours == pytest.approx(rates_of_transformers(name, 1.0, steps, total), rel=1e-12, abs=1e-20)
+
+
+@pytest.mark.parametrize("total", [1, 3, 10, 97])
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0, 0.0), (0, 0.2), (2, 3.0), (1, 40.0), (3, 0.5)])
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+def test_wsd_is_that_of_transformers(shape, warmup: int, cooldown: float, total: int):
+    """Where the parts fit into the run; and the last step is never at the full rate when it is to cool down."""
+    config = WsdConfig(warmup=float(warmup), cooldown=cooldown, shape=shape)
+    decay = math.ceil(cooldown * total) if cooldown < 1 else int(cooldown)
+    ours = [learning_rate(config, 3e-4, step, total) for step in range(total)]
+    assert all(0 <= rate <= 3e-4 for rate in ours)
+    if warmup + decay > total:
+        return
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_wsd_schedule(optimizer, warmup, decay, total, decay_type=shape)
+    truth = []
+    for _ in range(total):
+        truth.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert ours == pytest.approx(truth, rel=1e-9, abs=1e-20)
 
 
 def test_one_step_of_warmup_is_a_number_and_not_the_whole_run():

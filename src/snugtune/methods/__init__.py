@@ -4,11 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from snugtune.methods.freeze import Freeze, FreezeConfig
 from snugtune.methods.full import Full, FullConfig
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.methods.method import Attached, Method
 
-METHODS: dict[type, Method] = {LoraConfig: Lora(), FullConfig: Full()}
-MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
+METHODS: dict[type, Method] = {LoraConfig: Lora(), FullConfig: Full(), FreezeConfig: Freeze()}
+MethodConfig = Annotated[LoraConfig | FullConfig | FreezeConfig, Field(discriminator="type")]
 
 __all__ = ["METHODS", "Attached", "Method", "MethodConfig"]

@@ -4,6 +4,7 @@ In bf16 or fp16 the optimizer works on fp32 master weights; gradients leave the 
 accumulate in fp32 (mixed-precision training, Micikevicius et al. 2017, arXiv 1710.03740).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,11 +22,16 @@ class FullConfig(Config):
 
 
 class FullAttached:
-    """The masters of all weights (the weights themselves where they are fp32) and the way back into the base."""
+    """The masters of the weights that train (the weights themselves where they are fp32) and the way back into the base.
 
-    def __init__(self, base: Base, job: str):
+    `names`: which weights; None: all. The others are frozen.
+    """
+
+    def __init__(self, base: Base, job: str, names: Collection[str] | None = None):
         self.base, self.job = base, job
-        self.weights: dict[str, nn.Parameter] = dict(base.model.named_parameters())  # tied weights appear once
+        base.model.requires_grad_(False)
+        weights = base.model.named_parameters()  # tied weights appear once
+        self.weights: dict[str, nn.Parameter] = {n: w for n, w in weights if names is None or n in names}
         self.masters: dict[str, nn.Parameter] = {}
         self.hooks: list[Any] = []
         for name, weight in self.weights.items():

@@ -6,10 +6,10 @@ from pydantic import Field
 
 from snugtune.optim.adamw import AdamWConfig
 from snugtune.optim.clip import clip_grad_norm
-from snugtune.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, learning_rate
+from snugtune.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, WsdConfig, learning_rate
 
 OptimizerConfig = AdamWConfig
-ScheduleConfig = Annotated[ConstantConfig | LinearConfig | CosineConfig, Field(discriminator="type")]
+ScheduleConfig = Annotated[ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="type")]
 
 __all__ = [
     "AdamWConfig",
@@ -18,6 +18,7 @@ __all__ = [
     "LinearConfig",
     "OptimizerConfig",
     "ScheduleConfig",
+    "WsdConfig",
     "clip_grad_norm",
     "learning_rate",
 ]

@@ -32,9 +32,17 @@ class CosineConfig(_Schedule):
     type: Literal["cosine"] = "cosine"
 
 
+class WsdConfig(_Schedule):
+    """Warm-up, a stable peak, and a cool-down to zero (MiniCPM, arXiv 2404.06395); also called constant with cooldown."""
+
+    type: Literal["wsd"] = "wsd"
+    cooldown: float = Field(default=0.1, ge=0, description="the last part: below 1 a fraction of all steps, else steps")
+    shape: Literal["linear", "cosine", "1-sqrt"] = Field(default="linear", description="of the cool-down")
+
+
 def learning_rate(config: _Schedule, peak: float, step: int, total: int) -> float:
     """The rate of optimizer step `step` (from 0) of `total`."""
-    warmup = math.ceil(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    warmup = _steps(config.warmup, total)
     if step < warmup:
         return peak * step / max(1, warmup)
     done = (step - warmup) / max(1, total - warmup)
@@ -42,4 +50,20 @@ def learning_rate(config: _Schedule, peak: float, step: int, total: int) -> floa
         return peak * max(0.0, 1.0 - done)
     if isinstance(config, CosineConfig):
         return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    if isinstance(config, WsdConfig):
+        return peak * _cooled(config, step - (total - _steps(config.cooldown, total)), _steps(config.cooldown, total))
     return peak
+
+
+def _steps(amount: float, total: int) -> int:
+    return math.ceil(amount * total) if amount < 1 else int(amount)
+
+
+def _cooled(config: WsdConfig, step: int, length: int) -> float:
+    """The part of the peak that is left at step `step` of a cool-down of `length`; 1 before it."""
+    if step <= 0:
+        return 1.0
+    done = min(1.0, step / length)
+    if config.shape == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0 - (math.sqrt(done) if config.shape == "1-sqrt" else done)
