@@ -24,14 +24,12 @@ class Sampling:
 
 # What is left out here is taken from the model's own generation_config, unasked.
 _PLAIN: dict[str, Any] = {
-    "top_k": 0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
     "num_beams": 1,
 }
+_PLAIN_DRAWS: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 class _Forward(TextStreamer):
@@ -62,12 +60,12 @@ def generate(
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=base.device)  # pyright: ignore
     new_tokens = _room(base, longest, sampling.max_new_tokens)
     drawn = sampling.temperature > 0
+    draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, **_PLAIN_DRAWS} if drawn else {}
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=drawn,
-        temperature=sampling.temperature if drawn else 1.0,
-        top_p=sampling.top_p if drawn else 1.0,
         **_PLAIN,
+        **draws,
         eos_token_id=list(stop_ids),
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
