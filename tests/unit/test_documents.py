@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from conftest import tiny_tokenizer
 from snugtune.data.documents import tokenise_documents
@@ -36,10 +37,22 @@ def test_control_tokens_in_a_text_stay_text() -> None:
 
 
 def test_a_tokenizer_that_begins_its_texts_does_so_here() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = "<|endoftext|>"
-    plain = tokenise_documents([Document("ab", "d:1")], tokenizer, 100, Drops())[0].tokens.tolist()
-    assert plain[0] != tokenizer.bos_token_id, "one that has such a token but does not put it there is left alone"
+    """And one that has such a token but does not put it there is left alone."""
+    for begins in (True, False):
+        tokenizer = tiny_tokenizer()
+        tokenizer.bos_token = "<|endoftext|>"
+        if begins:
+            begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)])
+            tokenizer.backend_tokenizer.post_processor = begin
+        (example,) = tokenise_documents([Document("ab", "d:1")], tokenizer, 100, Drops())
+        assert (int(example.tokens[0]) == tokenizer.bos_token_id) is begins
+
+
+def test_a_document_of_no_weight_is_dropped_and_counted() -> None:
+    """A step of nothing but such would be divided by zero."""
+    drops = Drops()
+    tokenise_documents([Document("ab", "d:1", 0.0), Document("cd", "d:2")], TOKENIZER, 100, drops)
+    assert drops.lines() == ["1 documents dropped: nothing to learn in them (d:1)"]
 
 
 def test_weights_and_cuts_are_kept_and_counted() -> None:

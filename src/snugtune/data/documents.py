@@ -29,8 +29,9 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
             continue
         ids = tokenizer(item.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         pieces = list(_pieces([*opening, *ids, tokenizer.eos_token_id], max_seq_len))
-        if not pieces:
-            drops.add("documents without a token to learn", item.source)
+        if not pieces or item.weight == 0.0:
+            drops.add("documents dropped: nothing to learn in them", item.source)
+            continue
         if len(pieces) > 1:
             drops.add(f"documents cut into pieces of max_seq_len={max_seq_len} tokens (nothing is lost)", item.source)
         for piece in pieces:

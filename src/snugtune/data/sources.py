@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from snugtune.data.forms import Form, Item, Unusable, read_form
-from snugtune.data.records import ENDINGS, Records, read_records
+from snugtune.data.records import ENDINGS, READERS, Records, read_records
 from snugtune.errors import InputError
 from snugtune.files import user_path
 from snugtune.schema import Config
@@ -87,7 +87,7 @@ def _items(source: SourceConfig, drops: Drops) -> Iterator[Item]:
 
 def _records(source: SourceConfig) -> Records:
     path = user_path(source.path, "data")
-    if not path.exists() and _HUB_ID.fullmatch(source.path) and path.suffix not in (".json", ".jsonl", ".csv", ".txt", ".gz"):
+    if not path.exists() and _HUB_ID.fullmatch(source.path) and path.suffix not in {*READERS, ".gz"}:
         return _hub_records(source)
     return read_records(path)
 
@@ -104,9 +104,9 @@ def _hub_records(source: SourceConfig) -> Records:
         ) from error
     try:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=source.streaming)
+        for number, row in enumerate(rows, 1):  # a stream may break off at any row
+            assert isinstance(row, Mapping)
+            yield f"{source.path}:{source.split}:{number}", row
     except (ValueError, OSError, RuntimeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"data: '{source.path}' is neither a file here nor a dataset that the hub gives: {reason}") from error
-    for number, row in enumerate(rows, 1):
-        assert isinstance(row, Mapping)
-        yield f"{source.path}:{source.split}:{number}", row

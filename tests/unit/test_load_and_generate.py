@@ -1,0 +1,39 @@
+"""Loading and answering at their edges: the plain template's first token, and conversations longer than the positions."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from conftest import tiny_base, tiny_tokenizer
+from snugtune.errors import InputError
+from snugtune.model.generate import Sampling, generate
+from snugtune.model.load import load_tokenizer
+from snugtune.model.source import ModelSource
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_plain_template_begins_as_the_tokenizer_does(begins: bool, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.bos_token = "<|endoftext|>"
+    if begins:
+        begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    loaded, notes = load_tokenizer(ModelSource("x", str(tmp_path)), trust_remote_code=False)
+    text = loaded.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == ("<|endoftext|>" if begins else "") + "### User:\nHi\n\n"
+    assert any("no chat template" in note for note in notes)
+
+
+def test_a_conversation_beyond_the_positions_is_refused() -> None:
+    """Where the positions are a table (GPT-2); short of its end, the answer is cut to what fits."""
+    base = tiny_base("gpt2")
+    assert base.max_positions is not None
+    ids = base.tokenizer("a " * 400)["input_ids"]
+    with pytest.raises(InputError, match=rf"but 'tiny-gpt2' has {base.max_positions} positions"):
+        generate(base, None, [base.tokenizer.decode(ids)], [], Sampling())
+    (answer,) = generate(base, None, [base.tokenizer.decode(ids[: base.max_positions - 3])], [], Sampling(max_new_tokens=50))
+    assert len(base.tokenizer(answer)["input_ids"]) <= 3
