@@ -23,6 +23,14 @@ _REPLACED = ".old-"
 """What the name of a folder begins with while the one that replaces it takes its place."""
 
 
+def cache_dir() -> Path:
+    """Where converted models and tokenised data are kept: $SNUGTUNE_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("SNUGTUNE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snugtune"
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Fill the yielded folder; it becomes `target` (replacing one that was there) when the block ends well.
@@ -116,11 +124,11 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def write_whole(target: Path, text: str) -> None:
-    """Write one text file, all or nothing. Raises `StorageError`."""
-    made = target.with_name(f"{_UNFINISHED}{target.name}")
+def write_whole(target: Path, content: str | bytes) -> None:
+    """Write one file, all or nothing. Raises `StorageError`."""
+    made = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
     try:
-        made.write_text(text, encoding="utf-8")
+        made.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         _sync(made)
         os.replace(made, target)
     except OSError as error:

@@ -1,5 +1,6 @@
 """The whole road: config -> plan -> load -> train -> report."""
 
+import json
 import signal
 import threading
 import time
@@ -121,6 +122,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
                 raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
+        write_whole(folder.data, json.dumps({job.name: job.data.summary() for job in session.all_jobs}, indent=2) + "\n")
         log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)
         observer.begin(list(session.trainer.jobs.values()))
         started = time.perf_counter()
@@ -160,7 +162,7 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
     session = Session(config, folder, planned, trainer, 0 if checkpoint is None else checkpoint.step)
     for job_config in config.resolved_jobs():
-        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track)
+        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note)
         for remark in data.remarks:
             observer.note(f"data ({job_config.name}): {remark}")
         job = start_job(base, job_config, data, planned.plan)

@@ -1,6 +1,5 @@
 """`snugtune data show`: the examples as the model will see them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -10,7 +9,7 @@ from snugtune.console import Console
 from snugtune.data.mix import total_steps
 from snugtune.model.load import load_tokenizer
 from snugtune.model.source import find_model
-from snugtune.training.examples import JobData, read_job, tokenize_job
+from snugtune.training.examples import JobData, histogram, read_job, tokenize_job
 from snugtune.types import Example
 
 BUCKETS = 8
@@ -24,7 +23,7 @@ def show_data(config: RunConfig, examples: int, console: Console) -> None:
     for note in notes:
         console.note(note)
     for job in config.resolved_jobs():
-        data = tokenize_job(job, texts[job.name], tokenizer, console.track)
+        data = tokenize_job(job, texts[job.name], tokenizer, console.track, console.note)
         for example in data.train[:examples]:
             _show_example(example, tokenizer, console)
         _show_counts(job, data, console)
@@ -63,13 +62,5 @@ def _show_counts(job: JobConfig, data: JobData, console: Console) -> None:
     steps = total_steps(len(data.train), job.batch_size, job.epochs, job.steps)
     console.say(f"{job.name}: lengths {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}; "
                 f"{steps} optimizer steps of {job.batch_size} examples")  # fmt: skip
-    for low, high, count in _histogram(lengths):
+    for low, high, count in histogram(lengths, BUCKETS):
         console.say(f"  {low:>6} - {high:<6} {'█' * max(1, round(40 * count / len(lengths))) if count else ''} {count}")
-
-
-def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(shortest, longest, count) of equally wide buckets."""
-    low, high = lengths[0], lengths[-1]
-    width = max(1, -(-(high - low + 1) // BUCKETS))
-    starts = range(low, high + 1, width)
-    return [(s, min(s + width - 1, high), sum(s <= n < s + width for n in lengths)) for s in starts]

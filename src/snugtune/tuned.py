@@ -40,7 +40,7 @@ class Tuned:
     ) -> list[str]:
         """Answer several conversations together."""
         asked = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations]
-        prompts = [self.renderer.template(messages, for_answer=True) for messages in asked]
+        prompts = [self.renderer.prompt(messages) for messages in asked]
         return generate(self.base, self.job, prompts, self.renderer.stop_ids, sampling, on_text)
 
 

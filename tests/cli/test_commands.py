@@ -110,6 +110,7 @@ def test_train_writes_the_run_folder(trained: Trained) -> None:
                "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
     assert files_below(trained.run) == {
         "config.yaml",
+        "data.json",
         "plan.json",
         "metrics.jsonl",
         *(f"adapters/default/{name}" for name in adapter),

@@ -28,8 +28,8 @@ CONFIG_FIELDS = {
     "LoraConfig": ["type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"],
     "FullConfig": ["type"],
     "FreezeConfig": ["type", "last_blocks", "first_blocks", "embeddings", "head", "names"],
-    "SftConfig": ["type"],
-    "ClmConfig": ["type"],
+    "SftConfig": ["label_smoothing", "type", "train_on"],
+    "ClmConfig": ["label_smoothing", "type"],
     "AdamWConfig": ["type", "lr", "betas", "eps", "weight_decay"],
     "ConstantConfig": ["warmup", "type"],
     "LinearConfig": ["warmup", "type"],
@@ -60,7 +60,9 @@ method:
   use_rslora: false
   init_lora_weights: default
 objective:
+  label_smoothing: 0.0
   type: sft
+  train_on: answers
 batch_size: 16
 epochs: null
 steps: null

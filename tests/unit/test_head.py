@@ -106,6 +106,29 @@ def test_gradcheck(scale: float, cap: float | None, bias: bool, road: Any) -> No
     assert torch.autograd.gradcheck(lambda h: road(head, h, case.targets, case.weights), (case.h.clone().requires_grad_(),))
 
 
+@pytest.mark.parametrize("rows", [7, 512])
+@pytest.mark.parametrize("frozen", [True, False])
+@SHAPES
+def test_label_smoothing_is_cross_entropys(scale: float, cap: float | None, bias: bool, frozen: bool, rows: int) -> None:
+    case = _case(bias)
+    h = case.h.clone().requires_grad_()
+    z = F.linear(h, case.weight, case.bias) * scale
+    z = z if cap is None else torch.tanh(z / cap) * cap
+    truth = (F.cross_entropy(z, case.targets, reduction="none", label_smoothing=0.3) * case.weights.double()).sum()
+    (truth_grad,) = torch.autograd.grad(truth, h)
+    head = _frozen_head(case, scale, cap, rows=rows)
+    if not frozen:
+        linear = nn.Linear(D, V, bias=bias, dtype=torch.float64).requires_grad_(False)
+        linear.weight.copy_(case.weight)
+        if bias:
+            linear.bias.copy_(case.bias)
+        head = Head(linear, Logits(scale, cap), rows)
+    ours = head.nll(h, case.targets, case.weights.double(), 0.3)
+    (grad,) = torch.autograd.grad(ours, h)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, truth_grad, rtol=1e-9, atol=1e-12)
+
+
 @SHAPES
 def test_logprobs_are_log_softmax_at_the_targets(scale: float, cap: float | None, bias: bool) -> None:
     case = _case(bias)

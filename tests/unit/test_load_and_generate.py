@@ -34,6 +34,6 @@ def test_a_conversation_beyond_the_positions_is_refused() -> None:
     assert base.max_positions is not None
     ids = base.tokenizer("a " * 400)["input_ids"]
     with pytest.raises(InputError, match=rf"but 'tiny-gpt2' has {base.max_positions} positions"):
-        generate(base, None, [base.tokenizer.decode(ids)], [], Sampling())
-    (answer,) = generate(base, None, [base.tokenizer.decode(ids[: base.max_positions - 3])], [], Sampling(max_new_tokens=50))
+        generate(base, None, [ids], [], Sampling())
+    (answer,) = generate(base, None, [ids[: base.max_positions - 3]], [], Sampling(max_new_tokens=50))
     assert len(base.tokenizer(answer)["input_ids"]) <= 3

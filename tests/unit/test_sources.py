@@ -54,6 +54,8 @@ def said(who: str, text: str) -> dict[str, str]:
 GOOD = {"instruction": "Say hi.", "output": "Hi."}
 GOOD_LINE = json.dumps(GOOD)
 GOOD_MESSAGES = (user("Say hi."), assistant("Hi."))
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 # Forms -----------------------------------------------------------------------------------------------------------------
@@ -111,8 +113,28 @@ FORMS = {
         [user("Q"), {"role": "tool", "content": "T"}, assistant("A")],
     ),
     "messages with a call and a weight": (
-        {"messages": [user("Q"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "weight": 0}]},
-        [user("Q"), {**assistant(""), "tool_calls": [{"id": "1"}], "weight": 0.0}],
+        {"messages": [user("Q"), {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 0}]},
+        [user("Q"), {**assistant(""), "tool_calls": [CALLED], "weight": 0.0}],
+    ),
+    "sharegpt with a call": (
+        {
+            "conversations": [
+                said("human", "Q"),
+                said("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+                said("observation", "2"),
+                said("gpt", "A"),
+            ]
+        },
+        [
+            user("Q"),
+            {**assistant(""), "tool_calls": [{"type": "function", "function": CALLED["function"]}]},
+            {"role": "tool", "content": "2"},
+            assistant("A"),
+        ],
+    ),
+    "sharegpt with a call that is text": (
+        {"conversations": [said("human", "Q"), said("function_call", "f(1)")]},
+        [user("Q"), assistant("f(1)")],
     ),
     "prompt": ({"prompt": "Q", "completion": "A"}, [user("Q"), assistant("A")]),
     "prompt of messages": (
@@ -326,6 +348,12 @@ def test_one_empty_file_among_others_is_not_passed_over(data_file):
 # Records that cannot be used -------------------------------------------------------------------------------------------
 
 UNUSABLE = [
+    ({"messages": [user("Q"), {"role": "assistant", "tool_calls": {"name": "f"}}]}, "'tool_calls' is not a list"),
+    ({"messages": [user("Q"), {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "without its name"),
+    (
+        {"messages": [user("Q"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "'arguments' are not JSON",
+    ),
     pytest.param([1, 2], "not JSON objects", id="a list"),
     pytest.param("text", "not JSON objects", id="a text"),
     pytest.param(None, "not JSON objects", id="null"),

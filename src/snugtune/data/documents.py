@@ -11,12 +11,11 @@ import torch
 
 from snugtune.data.forms import Document, Item
 from snugtune.data.sources import Drops
-from snugtune.errors import InputError
 from snugtune.types import Example
 
 
 def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
-    """Tokenise all documents into pieces of at most `max_seq_len`. What cannot be used is counted. Raises if nothing is left.
+    """Tokenise all documents into pieces of at most `max_seq_len`. What cannot be used is counted.
 
     What a text says about control tokens stays text. A tokenizer that begins its texts with a token does so here.
     """
@@ -38,8 +37,6 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
             weights = torch.full((len(piece),), item.weight)
             weights[0] = 0.0  # nothing predicts it, or the piece before has learned it
             examples.append(Example(torch.tensor(piece), weights, item.source))
-    if not examples:
-        raise InputError(f"data: no example is left to train on: {'; '.join(drops.lines())}")
     return examples
 
 

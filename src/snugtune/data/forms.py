@@ -154,9 +154,48 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str) -> tuple[Message,
         if role is None:
             raise Unusable("records with a turn of an unknown role")
         extra = {k: turn[k] for k in _KEPT if turn.get(k) is not None}
+        if "tool_calls" in extra:
+            extra["tool_calls"] = _tool_calls(extra["tool_calls"])
+        content = _said_text(turn, text_key)
+        if turn[role_key] == "function_call" and (calls := _written_calls(content)):
+            content, extra["tool_calls"] = "", calls
         own_weight = {"weight": _weight(turn)} if turn.get("weight") is not None else {}
-        messages.append({**_message(role, _said_text(turn, text_key)), **extra, **own_weight})
+        messages.append({**_message(role, content), **extra, **own_weight})
     return tuple(messages)
+
+
+def _written_calls(text: str) -> list[Mapping[str, Any]]:
+    """The calls that a `function_call` turn of ShareGPT writes as JSON, one or a list; none where it is other text."""
+    try:
+        written = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    calls = written if isinstance(written, list) else [written]
+    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return _tool_calls([{"type": "function", "function": dict(call)} for call in calls])
+
+
+def _tool_calls(calls: Any) -> list[Mapping[str, Any]]:
+    """Calls of functions as templates expect them: OpenAI gives the arguments as JSON text, templates want the object."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise Unusable("records whose 'tool_calls' is not a list of calls")
+    return [_call(call) for call in calls]
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Unusable("records with a call of a tool without its name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise Unusable("records with a call of a tool whose 'arguments' are not JSON") from error
+    if function is call:
+        return {**call, "arguments": arguments}
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _said_text(turn: Mapping[str, Any], key: str) -> str:

@@ -3,12 +3,16 @@
 Only what the assistant says is trained, up to and including the end-of-turn token that generation stops at. The borders
 are found by rendering prefixes of the conversation: what a turn adds to the text before it is that turn. Templates that
 rewrite earlier turns (Qwen3 drops old thinking) have no common text; there each assistant turn becomes its own example.
+
+What somebody says never becomes a control token: where a message holds the text of one, a `BREAK` is put inside it before
+the template is rendered, and the rendered text is encoded in pieces between the breaks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -20,6 +24,8 @@ from snugtune.types import Example
 
 Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, Any]]
+TrainOn = Literal["answers", "last_answer", "everything"]
+BREAK = "\U000f0002"  # private use: stands in rendered text where two pieces must not become one token
 TRAINING_DATE = datetime(2025, 1, 1)
 """What templates that ask for today's date (`strftime_now`: Llama 3, Granite) get in training: examples must not change
 overnight."""
@@ -28,45 +34,69 @@ _MARK = "snugtune-mark"  # stands for an answer where only the template's own te
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of one training example, the character spans [start, end) that are trained, and the weight of each."""
+    """Text of one training example, the character spans [start, end) that are trained, and the weight of each.
+
+    `text` holds `BREAK`s; `outside` is the weight of what lies in no span.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
+    outside: float = 0.0
 
 
 class Renderer:
     """Renders conversations for one tokenizer. `stop_ids` are the tokens that end an answer in generation.
 
-    `today` is what templates that ask for the date are told; None: the truth.
+    `today` is what templates that ask for the date are told; None: the truth. `train_on` says what is trained.
     """
 
-    def __init__(self, tokenizer: Any, today: datetime | None = None):
+    def __init__(self, tokenizer: Any, today: datetime | None = None, train_on: TrainOn = "answers"):
         self.tokenizer = tokenizer
+        self.train_on = train_on
         own = tokenizer.get_chat_template()
         self.chat_template = _dated(own, today) if today is not None and "strftime_now" in own else own
+        added = tokenizer.added_tokens_decoder.values()
+        special = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
+        self._controls = _occurrences(special | {t.content for t in added if _controls(t.content, self.chat_template)})
+        self._special = _occurrences(special)
+        self._line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
     def template(self, messages: Messages, for_answer: bool = False, tools: Tools = ()) -> str:
-        """The conversation as the model's text; `for_answer` ends with the opening of an assistant turn."""
-        plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+        """The conversation as the model's text, with `BREAK`s; `for_answer` ends with the opening of an assistant turn.
+
+        An answer may hold control tokens that are not special (Qwen's `<think>`); whatever else is said holds none.
+        """
+        plain = []
+        for message in messages:
+            barred = self._special if message["role"] == "assistant" else self._controls
+            plain.append({key: _broken(value, barred) for key, value in message.items() if key != "weight"})
         return self.tokenizer.apply_chat_template(
             plain,
-            tools=[dict(tool) for tool in tools] or None,
+            tools=[_broken(tool, self._controls) for tool in tools] or None,
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=for_answer,
         )
 
+    def prompt(self, messages: Messages, tools: Tools = ()) -> list[int]:
+        """Token ids after which the model answers."""
+        return [token for token, _, _ in self._encode(self.template(messages, for_answer=True, tools=tools))]
+
     def render(self, messages: Messages, tools: Tools = ()) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        weights = tuple(float(messages[i].get("weight", 1.0)) for i in answers)
         whole = self.template(messages[: answers[-1] + 1], tools=tools)
+        if self.train_on == "last_answer":
+            answers = answers[-1:]
+        weights = tuple(float(messages[i].get("weight", 1.0)) for i in answers)
         spans = [self._span(messages, i, tools) for i in answers]
-        if all(whole.startswith(text) for text, _ in spans):
-            return (Rendered(whole, tuple(span for _, span in spans), weights),)
+        kept = [n for n, (text, _) in enumerate(spans) if whole.startswith(text)]
+        if len(kept) == len(spans) or self.train_on == "everything":
+            outside = 1.0 if self.train_on == "everything" else 0.0
+            return (Rendered(whole, tuple(spans[n][1] for n in kept), tuple(weights[n] for n in kept), outside),)
         return tuple(Rendered(text, (span,), (weight,)) for (text, span), weight in zip(spans, weights, strict=True))
 
     def _span(self, messages: Messages, answer: int, tools: Tools) -> tuple[str, tuple[int, int]]:
@@ -93,21 +123,39 @@ class Renderer:
 
     def tokenize(self, rendered: Rendered) -> tuple[list[int], list[float]]:
         """Token ids and their weights as targets: each answer's, up to its end token, which is added where there is none."""
-        ids, owners = self._encode(rendered.text, 0, rendered.spans)
+        ids, owners = self._owned(rendered, 0, len(rendered.text))
         ends = {n: self._end_of(n, ids, owners) for n in range(len(rendered.spans))}
         unclosed = [rendered.spans[n][1] for n, end in ends.items() if end is None]
         if unclosed:
             return self._tokenize_unclosed(rendered, unclosed)
-        return ids, [rendered.weights[n] if n >= 0 and place <= (ends[n] or 0) else 0.0 for place, n in enumerate(owners)]
+        trained = [n >= 0 and place <= (ends[n] or 0) for place, n in enumerate(owners)]
+        return ids, [rendered.weights[n] if t else rendered.outside for n, t in zip(owners, trained, strict=True)]
 
-    def _encode(self, text: str, start: int, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Ids of `text`, which begins at character `start`, and for each the span that it belongs to (-1: none)."""
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        local = [(low - start, high - start) for low, high in spans]
-        owners = []
-        for token in coded["offset_mapping"]:
-            owners.append(next((n for n, span in enumerate(local) if _belongs(text, token, span)), -1))
-        return coded["input_ids"], owners
+    def _owned(self, rendered: Rendered, start: int, end: int) -> tuple[list[int], list[int]]:
+        """Ids of a part of the text, and for each the span that it belongs to (-1: none)."""
+        ids, owners = [], []
+        for token, low, high in self._encode(rendered.text[start:end]):
+            place = (low + start, high + start)
+            ids.append(token)
+            owners.append(next((n for n, span in enumerate(rendered.spans) if _belongs(rendered.text, place, span)), -1))
+        return ids, owners
+
+    def _encode(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(id, first character, end) of each token of rendered text; no token reaches over a `BREAK`."""
+        for found in re.finditer(f"[^{BREAK}]+", text):
+            at = found.start()
+            for token, low, high in self._encode_piece(found[0], "\n" if at > 0 else ""):
+                yield token, low + at, high + at
+
+    def _encode_piece(self, piece: str, lead: str) -> list[tuple[int, int, int]]:
+        """As `_encode`, behind a `lead` that is cut off again: SentencePiece puts a blank before what begins a text."""
+        coded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
+        places = [(low - len(lead), high - len(lead)) for low, high in coded["offset_mapping"]]
+        tokens = [(token, *place) for token, place in zip(coded["input_ids"], places, strict=True)]
+        if not lead:
+            return tokens
+        cut = len(self._line_break)
+        return tokens[cut:] if coded["input_ids"][:cut] == self._line_break else self._encode_piece(piece, "")
 
     def _end_of(self, span: int, ids: list[int], owners: list[int]) -> int | None:
         """Where the span's closing end token stands: the first, where several close it."""
@@ -124,9 +172,9 @@ class Renderer:
         weights: list[float] = []
         start = 0
         for cut in (*unclosed, len(rendered.text)):
-            piece, owners = self._encode(rendered.text[start:cut], start, rendered.spans)
+            piece, owners = self._owned(rendered, start, cut)
             ids += piece
-            weights += [rendered.weights[n] if n >= 0 else 0.0 for n in owners]
+            weights += [rendered.weights[n] if n >= 0 else rendered.outside for n in owners]
             if cut in unclosed and (start < cut or not ids):
                 ids.append(self.end_of_turn)
                 weights.append(next(w for (_, end), w in zip(rendered.spans, rendered.weights, strict=True) if end == cut))
@@ -140,6 +188,28 @@ def _dated(template: str, today: datetime) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{fills} }}}}{{%- endmacro -%}}{template}"
 
 
+def _controls(token: str, template: str) -> bool:
+    """Whether an added token that is not marked special is one of those that a conversation is built of."""
+    return not token.isspace() and (token in template or token.startswith(("<|", "<\uff5c")))  # ASCII's bar, DeepSeek's wide one
+
+
+def _occurrences(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds the places where the text of a token begins, overlapping ones too."""
+    longest_first = sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t))
+    return re.compile(f"(?={'|'.join(map(re.escape, longest_first))})(.)" if longest_first else "(?!)()", re.DOTALL)
+
+
+def _broken(value: Any, barred: re.Pattern[str]) -> Any:
+    """`value` with a `BREAK` inside the text of every barred token, at any depth."""
+    if isinstance(value, str):
+        return barred.sub(rf"\1{BREAK}", value.replace(BREAK, ""))
+    if isinstance(value, Mapping):
+        return {_broken(k, barred): _broken(v, barred) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_broken(v, barred) for v in value]
+    return value
+
+
 def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
     """Whether a token lies in the span, save for blanks before it that the tokenizer joined with the span's first word."""
     (first, last), (low, high) = token, span
@@ -147,9 +217,11 @@ def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
     return last <= high and (not blanks or (blanks.isspace() and bool(inside.strip())))
 
 
-def render_all(items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
-    """Tokenise all conversations, cut to `max_seq_len`; what is cut or dropped is counted. Raises if nothing is left."""
-    renderer = Renderer(tokenizer, TRAINING_DATE)
+def render_all(
+    items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops, train_on: TrainOn = "answers"
+) -> list[Example]:
+    """Tokenise all conversations, cut to `max_seq_len`; what is cut or dropped is counted."""
+    renderer = Renderer(tokenizer, TRAINING_DATE, train_on)
     examples: list[Example] = []
     for conversation in items:
         if not isinstance(conversation, Conversation):
@@ -169,8 +241,6 @@ def render_all(items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: D
             example = _to_example(ids, [conversation.weight * w for w in weights], conversation.source, max_seq_len, drops)
             if example is not None:
                 examples.append(example)
-    if not examples:
-        raise InputError(f"data: no example is left to train on: {'; '.join(drops.lines())}")
     return examples
 
 

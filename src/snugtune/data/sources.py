@@ -43,6 +43,9 @@ class SourceConfig(Config):
         return value
 
 
+SHOWN_PLACES = 3
+
+
 @dataclass
 class Drops:
     """What was not used or not used whole, and why: counts by reason, and where the first of each kind stand."""
@@ -53,8 +56,15 @@ class Drops:
     def add(self, reason: str, source: str) -> None:
         self.counts[reason] += 1
         where = self.places.setdefault(reason, [])
-        if len(where) < 3:
+        if len(where) < SHOWN_PLACES:
             where.append(source)
+
+    def merge(self, others: "Drops") -> None:
+        """Add what was counted elsewhere, later in the data."""
+        for reason, count in others.counts.items():
+            self.counts[reason] += count
+            where = self.places.setdefault(reason, [])
+            where += others.places[reason][: SHOWN_PLACES - len(where)]
 
     def lines(self) -> list[str]:
         """One sentence a reason, for people."""

@@ -46,18 +46,17 @@ class _Forward(TextStreamer):
 def generate(
     base: Base,
     job: str | None,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     stop_ids: Sequence[int],
     sampling: Sampling,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Answer rendered prompts together; `on_text` streams the text of a single one. `job` None is the bare base."""
+    """Answer prompts, each a row of token ids, together; `on_text` streams that of a single one. `job` None: the bare base."""
     tokenizer = base.tokenizer
-    rows = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-    longest = max(len(r) for r in rows)  # pyright: ignore[reportArgumentType]
+    longest = max(len(row) for row in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (longest - len(r)) + list(r) for r in rows], device=base.device)  # pyright: ignore
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=base.device)  # pyright: ignore
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=base.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=base.device)
     new_tokens = _room(base, longest, sampling.max_new_tokens)
     drawn = sampling.temperature > 0
     draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, **_PLAIN_DRAWS} if drawn else {}

@@ -7,7 +7,6 @@ the run's peak. The converted weights are the file's, not those of the model on 
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.errors import InputError
-from snugtune.files import claimed, make_folder, remove_leftovers, whole_folder
+from snugtune.files import cache_dir, claimed, make_folder, remove_leftovers, whole_folder
 
 # Byte-level vocabularies whose merges were learned on single digits, and that transformers does not know by name:
 # digits are cut out one by one before GPT-2's split (llama.cpp, `llama-vocab.cpp`).
@@ -23,14 +22,6 @@ SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codesh
 # Vocabularies that use GPT-2's own split, which is what transformers builds by default.
 PLAIN_GPT2 = frozenset({"gpt-2", "gpt2", "default", "olmo", "mpt", "jais", "trillion", "granite-docling"})
 FORMAT = 1  # part of the cache key; raise it when the conversion changes
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $SNUGTUNE_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("SNUGTUNE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snugtune"
 
 
 def converted(file: Path, say: Callable[[str], None]) -> tuple[Path, tuple[str, ...]]:

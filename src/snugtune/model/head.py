@@ -79,18 +79,21 @@ class Head:
         with scope:
             return self.shape(self.project(h))
 
-    def nll(self, h: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of negative log likelihoods: h [n, D], targets int64 [n], weights fp32 [n] -> fp32 scalar."""
-        if isinstance(self.project, FrozenLinear):
-            return _FrozenNll.apply(h, targets, weights, self)  # pyright: ignore[reportReturnType]
-        return -(self.logprobs(h, targets) * weights).sum()
+    def nll(self, h: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Weighted sum of negative log likelihoods: h [n, D], targets int64 [n], weights fp32 [n] -> fp32 scalar.
 
-    def logprobs(self, h: Tensor, targets: Tensor) -> Tensor:
+        `smoothing` e: (1 - e) of the target's and e of the mean over the vocabulary.
+        """
+        if isinstance(self.project, FrozenLinear):
+            return _FrozenNll.apply(h, targets, weights, self, smoothing)  # pyright: ignore[reportReturnType]
+        return -(self.logprobs(h, targets, smoothing) * weights).sum()
+
+    def logprobs(self, h: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Log probability of each target: [n], fp32. Any head, training or adapted; chunks are recomputed in backward."""
 
         def score(rows: Tensor, wanted: Tensor, offset: int) -> Tensor:
             z = self.logits(_at_least_min(rows), offset)
-            return -F.cross_entropy(z[: len(rows)], wanted, reduction="none")
+            return -F.cross_entropy(z[: len(rows)], wanted, reduction="none", label_smoothing=smoothing)
 
         starts = range(0, max(len(h), 1), self.rows_at_once)
         parts = [slice(start, start + self.rows_at_once) for start in starts]
@@ -117,7 +120,7 @@ class _FrozenNll(torch.autograd.Function):
     """The same sum for a frozen head, in one pass: dh is made while the logits are there, and they are not kept."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, h: Tensor, targets: Tensor, weights: Tensor, head: Head, smoothing: float) -> Tensor:
         layer, shape = head.project, head.shape
         assert isinstance(layer, FrozenLinear)
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
@@ -128,17 +131,22 @@ class _FrozenNll(torch.autograd.Function):
             z = shape(layer.matmul(_at_least_min(h[part])))
             wanted, w = _at_least_min(targets[part, None]), _at_least_min(weights[part, None].to(z.dtype))
             lse = z.logsumexp(dim=-1, keepdim=True)
-            total += ((lse - z.gather(1, wanted)) * w).sum()
+            aimed = z.gather(1, wanted)
+            if smoothing:
+                aimed = (1 - smoothing) * aimed + smoothing * z.mean(dim=-1, keepdim=True)
+            total += ((lse - aimed) * w).sum()
             if dh is not None:
                 dz = torch.exp(z - lse) if shape.softcap is not None else z.sub_(lse).exp_()
-                dz.scatter_add_(1, wanted, torch.full_like(lse, -1.0)).mul_(w)
+                if smoothing:
+                    dz.sub_(smoothing / dz.shape[-1])
+                dz.scatter_add_(1, wanted, torch.full_like(lse, smoothing - 1.0)).mul_(w)
                 dh[part] = layer.matmul_t(shape.derivative(dz, z).to(h.dtype))[:rows]
         ctx.save_for_backward(dh)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dh,) = ctx.saved_tensors
         # In fp32: 1 / (step size) rounded to bf16 would scale every gradient by up to 0.4 %.
-        return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None
+        return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None, None

@@ -1,13 +1,21 @@
 """What is minimised. A new objective is a file here and a line in `OBJECTIVES`."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from snugtune.objectives.clm import Clm, ClmConfig
 from snugtune.objectives.sft import Sft, SftConfig
 
-OBJECTIVES: dict[type, Sft] = {SftConfig: Sft(), ClmConfig: Clm()}
+Objective = Sft | Clm
+OBJECTIVES: dict[type, Callable[[Any], Objective]] = {SftConfig: Sft, ClmConfig: Clm}
 ObjectiveConfig = Annotated[SftConfig | ClmConfig, Field(discriminator="type")]
 
-__all__ = ["OBJECTIVES", "ObjectiveConfig"]
+
+def objective_of(config: ObjectiveConfig) -> Objective:
+    """The objective that `config` describes."""
+    return OBJECTIVES[type(config)](config)
+
+
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "objective_of"]

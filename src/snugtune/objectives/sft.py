@@ -1,39 +1,38 @@
-"""Supervised fine-tuning: the negative log likelihood of the labelled tokens."""
+"""Supervised fine-tuning: the likelihood of what the assistant says."""
 
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from typing import Any, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from snugtune.data.render import render_all
-from snugtune.schema import Config
-from snugtune.types import Chunk
+from snugtune.data.forms import Item
+from snugtune.data.render import TrainOn, render_all
+from snugtune.data.sources import Drops
+from snugtune.objectives.likelihood import Likelihood, LikelihoodConfig
+from snugtune.types import Example
 
 
-class SftConfig(Config):
+class SftConfig(LikelihoodConfig):
     """Maximise the likelihood of the assistant's turns."""
 
     type: Literal["sft"] = "sft"
+    train_on: TrainOn = Field(
+        default="answers", description="the assistant's turns, only the last of them, or everything: prompts too"
+    )
 
 
-class Scorer(Protocol):
-    """What an objective needs of the head."""
+class Sft(Likelihood):
+    """Conversations."""
 
-    def nll(self, h: Tensor, targets: Tensor, weights: Tensor) -> Tensor: ...
+    def __init__(self, config: SftConfig):
+        super().__init__(config)
+        self.train_on: TrainOn = config.train_on
 
+    @property
+    def tokenises_by(self) -> str:
+        """The settings that its tokens and weights follow from."""
+        return f"{self.train_on} of conversations"
 
-class Sft:
-    """Conversations, of which the assistant's turns are learned.
-
-    Sum over scored positions of weight x negative log likelihood; its size is the sum of the weights.
-    """
-
-    tokenise = staticmethod(render_all)
-
-    def size(self, chunk: Chunk) -> float:
-        """What the chunk counts for in its step, known before any forward."""
-        return float(chunk.weights.double().sum())
-
-    def loss(self, head: Scorer, hidden: Tensor, chunk: Chunk) -> Tensor:
-        """A sum over the chunk, undivided. `hidden` [n, D]: the states of the chunk's scored rows."""
-        device = hidden.device
-        return head.nll(hidden, chunk.targets.to(device), chunk.weights.to(device))
+    def tokenise(self, items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
+        """Tokens and loss weights; what cannot be used is counted in `drops`."""
+        return render_all(items, tokenizer, max_seq_len, drops, self.train_on)

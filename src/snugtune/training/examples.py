@@ -1,18 +1,23 @@
 """A job's data, from the files its config names to tokens."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from snugtune.config import JobConfig
+from snugtune.data.cache import TokenCache, tokenizer_identity
 from snugtune.data.forms import Item
 from snugtune.data.mix import InterleaveConfig, interleave, split
 from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
-from snugtune.objectives import OBJECTIVES
+from snugtune.files import cache_dir
+from snugtune.objectives import objective_of
 from snugtune.types import Example
+
+SUMMARY_BUCKETS = 24
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 """Shows progress over a sequence: `track(items, what)` yields the items."""
@@ -29,11 +34,37 @@ class JobText:
 
 @dataclass(frozen=True)
 class JobData:
-    """A job's tokenised examples, and what was cut or left out on the way."""
+    """A job's tokenised examples; `drops`: what was cut or left out on the way."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...] = ()
-    remarks: tuple[str, ...] = ()
+    drops: Drops = field(default_factory=Drops)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was left out or cut, and how much is left, in words."""
+        size = f"{len(self.train):,} training examples, {self.tokens:,} tokens ({self.label_tokens:,} trained)"
+        return (*self.drops.lines(), size + (f"; {len(self.held_out):,} held out" if self.held_out else ""))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.tokens) for e in self.train)
+
+    @property
+    def label_tokens(self) -> int:
+        return sum(int((e.weights > 0).sum()) for e in self.train)
+
+    def summary(self) -> dict[str, Any]:
+        """The same as numbers, for `data.json`; `lengths` are [shortest, longest, count] of equally wide buckets."""
+        remarks = {r: {"count": n, "places": self.drops.places[r]} for r, n in self.drops.counts.items()}
+        return {
+            "examples": len(self.train),
+            "held_out": len(self.held_out),
+            "tokens": self.tokens,
+            "label_tokens": self.label_tokens,
+            "lengths": histogram([len(e.tokens) for e in self.train], SUMMARY_BUCKETS),
+            "remarks": remarks,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -71,13 +102,31 @@ def _mixed(job: JobConfig, sources: Sequence[Sequence[Item]]) -> tuple[Item, ...
     return tuple(sources[source][index] for source, index in order)
 
 
-def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track) -> JobData:
-    """Render and tokenise; the remarks say what was dropped or cut, and how much is left."""
-    tokenise = OBJECTIVES[type(job.objective)].tokenise
-    train, held_out = (
-        tuple(tokenise(track(part, f"tokenising {job.name}"), tokenizer, job.max_seq_len, text.drops)) if part else ()
-        for part in (text.train, text.held_out)
-    )
-    tokens, labels = sum(len(e.tokens) for e in train), sum(int((e.weights > 0).sum()) for e in train)
-    size = f"{len(train):,} training examples, {tokens:,} tokens ({labels:,} trained)"
-    return JobData(train, held_out, (*text.drops.lines(), size + (f"; {len(held_out):,} held out" if held_out else "")))
+def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, note: Callable[[str], None]) -> JobData:
+    """Render and tokenise, or find what was tokenised before. Raises `InputError` if nothing is left to train on."""
+    objective = objective_of(job.objective)
+    settings = (objective.tokenises_by, job.max_seq_len, tokenizer_identity(tokenizer))
+    cache = TokenCache(cache_dir() / "tokens", settings)
+
+    def tokenise(items: Iterable[Item], drops: Drops) -> list[Example]:
+        return objective.tokenise(items, tokenizer, job.max_seq_len, drops)
+
+    def examples(items: Sequence[Item]) -> tuple[Example, ...]:
+        found = cache.tokenised(items, track(items, f"tokenising {job.name}"), tokenise, text.drops)
+        if items and not found:
+            raise InputError(f"data: no example is left to train on: {'; '.join(text.drops.lines())}")
+        return tuple(found)
+
+    data = JobData(examples(text.train), examples(text.held_out), text.drops)
+    if cache.problem:
+        note(f"data ({job.name}): {cache.problem}")
+    return data
+
+
+def histogram(lengths: Sequence[int], buckets: int) -> list[tuple[int, int, int]]:
+    """(shortest, longest, count) of equally wide buckets. `lengths` must not be empty."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // buckets))
+    starts = range(low, high + 1, width)
+    counts = Counter((length - low) // width for length in lengths)
+    return [(start, min(start + width - 1, high), counts[index]) for index, start in enumerate(starts)]

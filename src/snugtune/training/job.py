@@ -13,7 +13,7 @@ from snugtune.data.pack import cut_step
 from snugtune.errors import InputError
 from snugtune.methods import METHODS, Attached
 from snugtune.model.base import Base
-from snugtune.objectives import OBJECTIVES
+from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
 from snugtune.types import Chunk, Plan
@@ -40,7 +40,7 @@ class Job:
     def __post_init__(self) -> None:
         c = self.config
         self.total = total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
-        self.objective = OBJECTIVES[type(c.objective)]
+        self.objective = objective_of(c.objective)
 
     @property
     def name(self) -> str:

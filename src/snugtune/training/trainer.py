@@ -88,7 +88,7 @@ class Trainer:
             batch = collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
             with self.base.routed(batch):  # spans backward: recompute runs there
                 total = torch.zeros((), device=self.base.device)
-                for chunk, loss in self._losses(chunks, batch):
+                for chunk, loss in self._losses(chunks, batch, training=True):
                     mean = loss / sizes[chunk.job]
                     losses[chunk.job] += mean.detach()
                     scaler = self.jobs[chunk.job].scaler
@@ -127,17 +127,17 @@ class Trainer:
                         raise StopRequestedError
                     batch = collate([chunk], MIN_ROWS if self.base.packable else 0, self.base.device)
                     with self.base.routed(batch):
-                        total += sum(float(loss) for _, loss in self._losses([chunk], batch))
+                        total += sum(float(loss) for _, loss in self._losses([chunk], batch, training=False))
         finally:
             self.base.model.train(training)
         return total / size, sum(len(c.rows) for c in chunks)
 
-    def _losses(self, chunks: Sequence[Chunk], batch: Batch) -> Iterable[tuple[Chunk, Tensor]]:
+    def _losses(self, chunks: Sequence[Chunk], batch: Batch, training: bool) -> Iterable[tuple[Chunk, Tensor]]:
         """Each chunk's undivided loss, from one forward of their batch."""
         hidden = self.base.hidden(batch)
         for chunk, segment in zip(chunks, batch.segments, strict=True):
             states = hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))
-            yield chunk, self.jobs[chunk.job].objective.loss(self.base.head.for_segment(segment), states, chunk)
+            yield chunk, self.jobs[chunk.job].objective.loss(self.base.head.for_segment(segment), states, chunk, training)
 
     def _optim_step(self, job: Job) -> float:
         for group in job.optimizer.param_groups:
