@@ -39,6 +39,28 @@ def _typed(default: str) -> Any:
     return BeforeValidator(fill)
 
 
+class EarlyStoppingConfig(Config):
+    """When to stop before the last step."""
+
+    patience: int = Field(default=3, ge=1, description="evaluations in a row without a better held-out loss")
+    min_delta: float = Field(default=0.0, ge=0, description="by how much the loss must fall to count as better")
+
+
+class SamplesConfig(Config):
+    """What the model is asked while it trains, to see what it has learned. Off unless `every` or `prompts` is given."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between; always before the first and after the last"
+    )
+    prompts: tuple[str, ...] = Field(default=(), description="what to ask (default: the first held-out, else training examples)")
+    count: int = Field(default=3, ge=1, description="how many examples to ask where no prompts are given")
+    max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
+
+    @property
+    def wanted(self) -> bool:
+        return self.every is not None or bool(self.prompts)
+
+
 class JobFields(Config):
     """What one job trains on and how. At the top level of a run's config these are the defaults of every job."""
 
@@ -47,6 +69,12 @@ class JobFields(Config):
         "learning_rate": "optimizer.lr",
         "weight_decay": "optimizer.weight_decay",
         "warmup": "schedule.warmup",
+        "neftune_alpha": "neftune_noise_alpha",
+        "label_smoothing": "objective.label_smoothing",
+        "label_smoothing_factor": "objective.label_smoothing",
+        "train_on_prompt": "objective.train_on",
+        "load_best_model_at_end": "keep_best",
+        "early_stopping_patience": "early_stopping",
         "warmup_ratio": "schedule.warmup",
         "lora_r": "method.r",
         "lora_alpha": "method.lora_alpha",
@@ -76,6 +104,14 @@ class JobFields(Config):
     eval_every: int | None = Field(
         default=None, ge=1, description="optimizer steps between evaluations (default: only at start and end)"
     )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        default=None, description="stop when the held-out loss stops falling; needs validation and eval_every"
+    )
+    keep_best: bool = Field(default=False, description="the result is the state of the lowest held-out loss, not the last")
+    samples: SamplesConfig = Field(default=SamplesConfig(), description="what the model is asked while it trains")
+    neftune_noise_alpha: float | None = Field(
+        default=None, gt=0, description="noise on the embeddings in training (NEFTune); 5 is usual"
+    )
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the job's gradient to this norm; null: never")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seeds the order, the split, the initial adapter and dropout")
     optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(default=AdamWConfig(), description="the optimizer")
@@ -95,6 +131,14 @@ class JobFields(Config):
         weighted = next((i for i, source in enumerate(self.data) if source.weight != 1.0), None)
         if weighted is not None and not isinstance(self.mixing, InterleaveConfig):
             raise ValueError(f"data.{weighted}.weight: only counts where sources are interleaved; set mixing: interleave")
+        return self
+
+    @model_validator(mode="after")
+    def _judged_by_something(self) -> "JobFields":
+        for field, given in (("early_stopping", self.early_stopping is not None), ("keep_best", self.keep_best)):
+            if given and (self.validation is None or self.eval_every is None):
+                missing = "validation" if self.validation is None else "eval_every"
+                raise ValueError(f"{field}: needs {missing}, to know the held-out loss in between")
         return self
 
     @model_validator(mode="after")
@@ -293,7 +337,7 @@ def _first_message(error: ValidationError) -> str:
 
 _BRANCHES = {
     *("float", "str", "int", "lora", "full", "freeze", "sft", "clm"),
-    *("constant", "linear", "cosine", "wsd", "concat", "interleave"),
+    *("constant", "linear", "cosine", "wsd", "concat", "interleave", "adamw", "sgd", "lion", "adafactor"),
 }
 """What pydantic puts in a location for the branch of a union, where a person sees a field only."""
 

@@ -20,10 +20,10 @@ from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model
-from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, load_best, save_best, save_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
-from snugtune.training.metrics import MetricsFile, StepMetrics, read_metrics
+from snugtune.training.metrics import MetricsFile, Sample, StepMetrics, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
 
 AUTO_CHECKPOINTS = 10
@@ -98,6 +98,34 @@ class Session:
         return {job.name: job.step for job in self.all_jobs} | {m.job: m.step - 1 for m in self.pending}
 
 
+@dataclass(frozen=True)
+class Logs:
+    """The files that a run reports to."""
+
+    metrics: MetricsFile
+    samples: MetricsFile | None  # where no job is asked anything
+
+    @classmethod
+    def open(cls, session: Session) -> "Logs":
+        """Open them, cut back to where each job stands. Raises `StorageError`."""
+        resume_at = session.reported() if session.saved >= 0 else None
+        asked = any(job.data.prompts for job in session.all_jobs)
+        samples = MetricsFile(session.folder.samples, resume_at) if asked else None
+        return cls(MetricsFile(session.folder.metrics, resume_at), samples)
+
+    def write(self, metrics: StepMetrics, samples: Sequence[Sample]) -> None:
+        if metrics.loss is not None or metrics.eval_tokens is not None or metrics.skipped:
+            self.metrics.write(metrics)
+        for sample in samples:
+            assert self.samples is not None
+            self.samples.write(sample)
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.samples is not None:
+            self.samples.close()
+
+
 def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     """Train as `config` says, resuming what is there. Raises `SnugtuneError`; `Interrupted` after Ctrl-C, state saved.
 
@@ -123,17 +151,17 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
         write_whole(folder.data, json.dumps({job.name: job.data.summary() for job in session.all_jobs}, indent=2) + "\n")
-        log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)
+        logs = Logs.open(session)
         observer.begin(list(session.trainer.jobs.values()))
         started = time.perf_counter()
         try:
-            _loop(session, log, observer)
+            _loop(session, logs, observer)
         except StopRequestedError:
             session.save()
             raise Interrupted(f"interrupted at step {session.step}; state saved, the same command goes on from there") from None
         finally:
             observer.end()
-            log.close()
+            logs.close()
         if failures := [job.failure for job in session.ended if job.failure]:
             session.save()
             raise DivergedError("; ".join(failures))
@@ -183,28 +211,56 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     return session
 
 
-def _loop(session: Session, log: MetricsFile, observer: Observer) -> None:
+def _loop(session: Session, logs: Logs, observer: Observer) -> None:
     """Steps until every job is done; evaluations and checkpoints where they are due."""
     trainer = session.trainer
     while True:
         while session.pending:
             metrics = trainer.evaluated(session.pending[0])
-            log.write(metrics)
+            samples = trainer.samples(metrics)
+            _judge(session, metrics)
+            logs.write(metrics, samples)
             observer.step(metrics)
+            for sample in samples:
+                observer.note(f"{sample.job}: step {sample.step}  {_short(sample.prompt)} -> {_short(sample.answer)}")
             session.pending.pop(0)
         for job in [j for j in trainer.jobs.values() if j.ended]:
             if job.failure is None:
-                save_artefact(session, job)
+                _finish(session, job, observer)
             else:
                 observer.note(f"given up: {job.failure}")
             session.ended.append(trainer.remove(job.name))
         if not trainer.jobs:
             return
         if session.step and session.step % session.checkpoint_every == 0:
-            log.sync()
+            logs.metrics.sync()
             session.save()
         session.pending = trainer.step()
         session.step += 1
+
+
+def _judge(session: Session, metrics: StepMetrics) -> None:
+    """Note a better held-out loss, and keep the weights that gave it where they are the result."""
+    job = session.trainer.jobs[metrics.job]
+    if job.judge(metrics) and job.config.keep_best:
+        save_best(session.folder.checkpoints, job)
+
+
+def _finish(session: Session, job: Job, observer: Observer) -> None:
+    """Save the result of a job that has ended well: its last state, or its best."""
+    if job.stopped_early and not job.finished:
+        best = "none was finite" if job.best is None else f"the best was {job.best.eval_loss:.4f} at step {job.best.step}"
+        observer.note(f"{job.name}: stopped at step {job.step}: the held-out loss no longer falls ({best})")
+    if job.config.keep_best and job.best is not None and job.best.step != job.step:
+        load_best(session.folder.checkpoints, job)
+        observer.note(f"{job.name}: the result is the state of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}")
+    save_artefact(session, job)
+
+
+def _short(text: str, width: int = 60) -> str:
+    """A text on one line, cut where it is long."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= width else line[: width - 1] + "…")
 
 
 def save_artefact(session: Session, job: Job) -> None:
@@ -223,6 +279,8 @@ def _card(session: Session, job: Job) -> str:
         f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {job.total} steps of {c.batch_size} examples, "
         f"{len(job.data.train)} training examples, seed {c.seed}."
     )
+    if c.keep_best and job.best is not None:
+        about += f" The weights are those of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}."
     head = ["---", f"base_model: {base.name}", f"library_name: {library}", "tags: [snugtune]", "---"]
     return "\n".join([*head, "", f"# {c.name}", "", about, "", f"Base fingerprint: `{base.fingerprint}`", ""])
 

@@ -49,6 +49,16 @@ class Segment:
     job: str
     tokens: slice  # of the batch's T tokens
     seed: int
+    lengths: tuple[int, ...] = ()  # per sequence; sums to its tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Something for the model to answer while it is being trained."""
+
+    text: str  # as a person would show it
+    tokens: tuple[int, ...]
+    stops: tuple[int, ...]  # tokens that end an answer
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "weights-of-no-name": ({"method": {"type": "freeze", "names": ["*.mpl.*"]}}, ("method.names", "'*.mpl.*'")),
     "unknown-method": ({"method": "lore"}, ("method", "'lore'", "'lora'")),
     "unknown-schedule": ({"schedule": "cosin"}, ("schedule", "'cosin'", "'cosine'")),
-    "unknown-optimizer": ({"optimizer": {"type": "sgd"}}, ("optimizer", "'adamw'", "'sgd'")),
+    "unknown-optimizer": ({"optimizer": {"type": "rmsprop"}}, ("optimizer", "'adamw'", "'rmsprop'")),
     "unknown-objective": ({"objective": "dpo"}, ("objective", "'sft'", "'dpo'")),
     "no-model": ({"model": None}, ("model: required",)),
     "no-output": ({"output": None}, ("output: required",)),

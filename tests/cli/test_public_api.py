@@ -18,10 +18,12 @@ from snugtune import errors
 
 CONFIG_FIELDS = {
     "RunConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
-                  "eval_every", "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
+                  "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
+                  "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
                   "keep_checkpoints", "trust_remote_code", "plan", "jobs"],
     "JobConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
-                  "eval_every", "max_grad_norm", "seed", "optimizer", "schedule", "name"],
+                  "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
+                  "max_grad_norm", "seed", "optimizer", "schedule", "name"],
     "SourceConfig": ["path", "format", "columns", "weight", "max_examples", "split", "subset", "streaming"],
     "ConcatConfig": ["type"],
     "InterleaveConfig": ["type", "until"],
@@ -30,7 +32,12 @@ CONFIG_FIELDS = {
     "FreezeConfig": ["type", "last_blocks", "first_blocks", "embeddings", "head", "names"],
     "SftConfig": ["label_smoothing", "type", "train_on"],
     "ClmConfig": ["label_smoothing", "type"],
-    "AdamWConfig": ["type", "lr", "betas", "eps", "weight_decay"],
+    "AdamWConfig": ["weight_decay", "type", "lr", "betas", "eps"],
+    "SgdConfig": ["weight_decay", "type", "lr", "momentum", "nesterov"],
+    "LionConfig": ["weight_decay", "type", "lr", "betas"],
+    "AdafactorConfig": ["weight_decay", "type", "lr", "clip_threshold", "decay_rate"],
+    "EarlyStoppingConfig": ["patience", "min_delta"],
+    "SamplesConfig": ["every", "prompts", "count", "max_new_tokens"],
     "ConstantConfig": ["warmup", "type"],
     "LinearConfig": ["warmup", "type"],
     "CosineConfig": ["warmup", "type"],
@@ -68,16 +75,24 @@ epochs: null
 steps: null
 validation: null
 eval_every: null
+early_stopping: null
+keep_best: false
+samples:
+  every: null
+  prompts: []
+  count: 3
+  max_new_tokens: 64
+neftune_noise_alpha: null
 max_grad_norm: 1.0
 seed: 0
 optimizer:
+  weight_decay: 0.0
   type: adamw
   lr: 0.0002
   betas:
   - 0.9
   - 0.999
   eps: 1.0e-08
-  weight_decay: 0.0
 schedule:
   warmup: 0.0
   type: constant
@@ -157,11 +172,21 @@ def test_config_fields() -> None:
     from snugtune.methods.lora import LoraConfig
     from snugtune.objectives.clm import ClmConfig
     from snugtune.objectives.sft import SftConfig
-    from snugtune.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, WsdConfig
+    from snugtune.optim import (
+        AdafactorConfig,
+        AdamWConfig,
+        ConstantConfig,
+        CosineConfig,
+        LinearConfig,
+        LionConfig,
+        SgdConfig,
+        WsdConfig,
+    )
 
     kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, ClmConfig,
              ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig,
-             WsdConfig, FreezeConfig)  # fmt: skip
+             WsdConfig, FreezeConfig, SgdConfig, LionConfig, AdafactorConfig, config.EarlyStoppingConfig,
+             config.SamplesConfig)  # fmt: skip
     assert {kind.__name__: list(kind.model_fields) for kind in kinds} == CONFIG_FIELDS
     in_schema = set(config.RunConfig.model_json_schema()["$defs"])
     assert in_schema <= CONFIG_FIELDS.keys(), "a config that this test does not know of"

@@ -151,7 +151,7 @@ BAD_VALUES = [
     ("optimizer.betas", [0.9], "optimizer.betas"),
     ("optimizer.betas", [0.9, 1.0], "optimizer.betas"),
     ("optimizer.betas", [-0.1, 0.9], "optimizer.betas"),
-    ("optimizer.type", "sgd", "'adamw'"),
+    ("optimizer.type", "rmsprop", "'adamw'"),
     ("schedule.warmup", -1, "greater than or equal to 0"),
     ("schedule.type", "cosin", "did you mean 'cosine'?"),
     ("schedule", "cosin", "did you mean 'cosine'?"),

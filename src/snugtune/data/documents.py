@@ -19,15 +19,12 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
 
     What a text says about control tokens stays text. A tokenizer that begins its texts with a token does so here.
     """
-    begin = tokenizer("")["input_ids"][:1]
-    opening = begin if begin == [tokenizer.bos_token_id] else []
     examples: list[Example] = []
     for item in items:
         if not isinstance(item, Document):
             drops.add(f"{type(item).__name__.lower()}s, which objective clm does not learn (it takes plain text)", item.source)
             continue
-        ids = tokenizer(item.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        pieces = list(_pieces([*opening, *ids, tokenizer.eos_token_id], max_seq_len))
+        pieces = list(_pieces([*document_tokens(item.text, tokenizer), tokenizer.eos_token_id], max_seq_len))
         if not pieces or item.weight == 0.0:
             drops.add("documents dropped: nothing to learn in them", item.source)
             continue
@@ -38,6 +35,13 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
             weights[0] = 0.0  # nothing predicts it, or the piece before has learned it
             examples.append(Example(torch.tensor(piece), weights, item.source))
     return examples
+
+
+def document_tokens(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text, and before them the one that the tokenizer begins its texts with, if any."""
+    begin = tokenizer("")["input_ids"][:1]
+    opening = begin if begin == [tokenizer.bos_token_id] else []
+    return [*opening, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
 
 
 def _pieces(ids: list[int], length: int) -> Iterable[list[int]]:

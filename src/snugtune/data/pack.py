@@ -77,7 +77,7 @@ def collate(chunks: Sequence[Chunk], min_rows: int, device: torch.device | str =
     segments: list[Segment] = []
     at = 0
     for chunk in chunks:
-        segments.append(Segment(chunk.job, slice(at, at + len(chunk.tokens)), chunk.seed))
+        segments.append(Segment(chunk.job, slice(at, at + len(chunk.tokens)), chunk.seed, chunk.lengths))
         at += len(chunk.tokens)
     return Batch(
         input_ids=torch.cat(tokens)[None].to(device),

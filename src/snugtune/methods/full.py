@@ -45,6 +45,9 @@ class FullAttached:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.masters.values())
 
+    def matrices(self) -> list[Tensor]:
+        return list(self.masters.values())
+
     def zero_grad(self) -> None:
         for master in self.masters.values():
             assert master.grad is not None

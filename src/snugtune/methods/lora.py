@@ -100,6 +100,10 @@ class LoraAttached:
     def parameters(self) -> list[nn.Parameter]:
         return [self.flat]
 
+    def matrices(self) -> list[Tensor]:
+        slots = [self.base.site(name).slots[self.job] for name in self.sites]
+        return [factor for slot in slots for factor in (slot.a, slot.b)]
+
     def zero_grad(self) -> None:
         assert self.flat.grad is not None
         self.flat.grad.zero_()

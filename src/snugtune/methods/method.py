@@ -17,6 +17,10 @@ class Attached(Protocol):
         """What the optimizer steps: fp32, with `.grad` allocated and accumulated into by backward."""
         ...
 
+    def matrices(self) -> list[Tensor]:
+        """The same weights one by one, in their shapes, for optimizers that look at these."""
+        ...
+
     def zero_grad(self) -> None:
         """Set the gradients to zero (they stay allocated)."""
         ...

@@ -61,6 +61,8 @@ class Base:
         self.name = name
         self.router = Router()
         self.sites: dict[str, RoutedLinear] = {}
+        self.embedding_noise: dict[str, float] = {}  # job -> NEFTune's alpha
+        model.get_input_embeddings().register_forward_hook(self._perturb)
         self.frozen = False
         self.body = _find_body(model)  # None: only the model as a whole can be called, and gives logits
         self.native_attention = str(model.config._attn_implementation)
@@ -188,6 +190,24 @@ class Base:
         if self.body is None:
             return self.model(**inputs).logits[0]
         return self.body(**inputs).last_hidden_state[0].to(self.dtype)
+
+    def _perturb(self, module: nn.Module, inputs: object, embedded: Tensor) -> Tensor | None:
+        """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise of +-alpha / sqrt(L D) on each sequence in training.
+
+        Drawn from the chunk's seed: a job's noise does not depend on its neighbours. `embedded` [1, T, D].
+        """
+        noisy = [s for s in self.router.segments if s.job in self.embedding_noise] if module.training else []
+        if not noisy:
+            return None
+        embedded = embedded.clone()
+        for segment in noisy:
+            alpha = self.embedding_noise[segment.job]
+            generator = torch.Generator(embedded.device).manual_seed(segment.seed)
+            rows = embedded[0, segment.tokens]
+            for part in rows.split(segment.lengths):
+                noise = torch.rand(part.shape, generator=generator, device=part.device).mul_(2).sub_(1)
+                part += noise.mul_(alpha / part.numel() ** 0.5).to(part.dtype)
+        return embedded
 
     @property
     def max_positions(self) -> int | None:

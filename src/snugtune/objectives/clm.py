@@ -3,11 +3,14 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from snugtune.data.documents import tokenise_documents
-from snugtune.data.forms import Item
+from snugtune.data.documents import document_tokens, tokenise_documents
+from snugtune.data.forms import Document, Item
 from snugtune.data.sources import Drops
 from snugtune.objectives.likelihood import Likelihood, LikelihoodConfig
-from snugtune.types import Example
+from snugtune.types import Example, Prompt
+
+BEGINNING = 32
+"""Tokens of a document that the model is shown, to go on with."""
 
 
 class ClmConfig(LikelihoodConfig):
@@ -27,3 +30,14 @@ class Clm(Likelihood):
     def tokenise(self, items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops) -> list[Example]:
         """Tokens and loss weights; what cannot be used is counted in `drops`."""
         return tokenise_documents(items, tokenizer, max_seq_len, drops)
+
+    def ask(self, text: str, tokenizer: Any) -> Prompt:
+        """A text to go on with."""
+        return Prompt(text, tuple(document_tokens(text, tokenizer)), (tokenizer.eos_token_id,))
+
+    def ask_as(self, item: Item, tokenizer: Any) -> Prompt | None:
+        """The beginning of a document; None for what is none."""
+        if not isinstance(item, Document):
+            return None
+        beginning = tokenizer(item.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:BEGINNING]
+        return self.ask(item.text[: beginning[-1][1]], tokenizer) if beginning else None

@@ -20,7 +20,7 @@ from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import Plan
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,25 @@ def save_checkpoint(
     for old in _folders(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def save_best(root: Path, job: Job) -> None:
+    """Keep the job's weights as the best so far. Raises `StorageError`."""
+    with whole_folder(_best(root, job)) as made:
+        save_file({k: v.contiguous() for k, v in job.attached.state().items()}, made / "weights.safetensors")
+
+
+def load_best(root: Path, job: Job) -> None:
+    """Bring the job's weights back to its best evaluation. Raises `InputError`."""
+    file = _best(root, job) / "weights.safetensors"
+    try:
+        job.attached.load_state(load_file(file))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{file}: the best state of job '{job.name}' cannot be read: {error}") from error
+
+
+def _best(root: Path, job: Job) -> Path:
+    return root / f"best-{job.name}"
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:

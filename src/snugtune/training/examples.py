@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from snugtune.config import JobConfig
@@ -15,7 +16,7 @@ from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
 from snugtune.files import cache_dir
 from snugtune.objectives import objective_of
-from snugtune.types import Example
+from snugtune.types import Example, Prompt
 
 SUMMARY_BUCKETS = 24
 
@@ -34,11 +35,12 @@ class JobText:
 
 @dataclass(frozen=True)
 class JobData:
-    """A job's tokenised examples; `drops`: what was cut or left out on the way."""
+    """A job's tokenised examples; `drops`: what was cut or left out on the way; `prompts`: what it is asked meanwhile."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...] = ()
     drops: Drops = field(default_factory=Drops)
+    prompts: tuple[Prompt, ...] = ()
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -117,10 +119,21 @@ def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, no
             raise InputError(f"data: no example is left to train on: {'; '.join(text.drops.lines())}")
         return tuple(found)
 
-    data = JobData(examples(text.train), examples(text.held_out), text.drops)
+    asked = _prompts(job, text, tokenizer) if job.samples.wanted else ()
+    data = JobData(examples(text.train), examples(text.held_out), text.drops, asked)
     if cache.problem:
         note(f"data ({job.name}): {cache.problem}")
     return data
+
+
+def _prompts(job: JobConfig, text: JobText, tokenizer: Any) -> tuple[Prompt, ...]:
+    """What the job is asked while it trains: the user's prompts, else beginnings of its own examples."""
+    objective, items = objective_of(job.objective), text.held_out or text.train
+    if job.samples.prompts:
+        return tuple(objective.ask(prompt, tokenizer) for prompt in job.samples.prompts)
+    asked = (objective.ask_as(item, tokenizer) for item in items)
+    fitting = (prompt for prompt in asked if prompt is not None and len(prompt.tokens) < job.max_seq_len)
+    return tuple(islice(fitting, job.samples.count))
 
 
 def histogram(lengths: Sequence[int], buckets: int) -> list[tuple[int, int, int]]:

@@ -1,7 +1,8 @@
 """A job: one named training and where it stands."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,18 @@ from snugtune.model.base import Base
 from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
+from snugtune.training.metrics import StepMetrics
 from snugtune.types import Chunk, Plan
+
+_COUNTERS = ("step", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "stale")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation with the lowest held-out loss so far."""
+
+    step: int
+    eval_loss: float
 
 
 @dataclass
@@ -34,6 +46,10 @@ class Job:
     scaler: torch.amp.GradScaler | None = None  # fp16 only
     step: int = 0
     skipped_in_a_row: int = 0
+    seen_tokens: int = 0
+    seen_label_tokens: int = 0
+    best: Best | None = None
+    stale: int = 0  # evaluations since the best
     failure: str | None = None  # why it was given up
     total: int = field(init=False)
 
@@ -52,7 +68,32 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.finished or self.failure is not None
+        return self.finished or self.stopped_early or self.failure is not None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the held-out loss has not improved for as long as the config has patience."""
+        stopping = self.config.early_stopping
+        return stopping is not None and self.stale >= stopping.patience
+
+    def judge(self, metrics: StepMetrics) -> bool:
+        """Take note of an evaluation. Returns whether it is the best so far; step 0, before training, does not count."""
+        if metrics.step == 0 or metrics.eval_tokens is None:
+            return False
+        eval_loss = math.inf if metrics.eval_loss is None else metrics.eval_loss
+        stopping = self.config.early_stopping
+        least = 0.0 if stopping is None else stopping.min_delta
+        before = math.inf if self.best is None else self.best.eval_loss
+        if eval_loss < before - least:
+            self.best, self.stale = Best(metrics.step, eval_loss), 0
+            return True
+        self.stale += 1
+        return False
+
+    def samples_due(self, step: int) -> bool:
+        """Whether the job answers its prompts after this step: at the start, at the end, and every so many steps."""
+        every = self.config.samples.every
+        return bool(self.data.prompts) and (step in (0, self.total) or (every is not None and step % every == 0))
 
     @property
     def epoch(self) -> float:
@@ -78,21 +119,26 @@ class Job:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain numbers that bring this job back exactly where it stands."""
         tensors = {f"weights.{k}": v for k, v in self.attached.state().items()}
+        plain: dict[str, dict[str, Any]] = {}  # what an optimizer counts in Python numbers
         for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
-        scaler = None if self.scaler is None else self.scaler.state_dict()
-        numbers = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "scaler": scaler}
-        return tensors, numbers | {"data": self.data.fingerprint}
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
+            plain[str(index)] = {k: v for k, v in entry.items() if not isinstance(v, Tensor)}
+        numbers = {name: getattr(self, name) for name in _COUNTERS}
+        numbers["best"] = None if self.best is None else asdict(self.best)
+        numbers["scaler"] = None if self.scaler is None else self.scaler.state_dict()
+        return tensors, numbers | {"optimizer": plain, "data": self.data.fingerprint}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in numbers["optimizer"].items()}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step, self.skipped_in_a_row = numbers["step"], numbers["skipped_in_a_row"]
+        for name in _COUNTERS:
+            setattr(self, name, numbers[name])
+        self.best = None if numbers["best"] is None else Best(**numbers["best"])
         if self.scaler is not None and numbers["scaler"]:
             self.scaler.load_state_dict(numbers["scaler"])
 
@@ -101,11 +147,12 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0."""
     _check_fits(base, config, data)
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
+    weights = attached.matrices() if config.optimizer.by_matrix else attached.parameters()
     return Job(
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(attached.parameters()),
+        optimizer=config.optimizer.build(weights),
         capacity=plan.micro_batch * config.max_seq_len if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.weights == "fp16" else None,
     )
@@ -113,6 +160,12 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
 
 def _check_fits(base: Base, config: JobConfig, data: JobData) -> None:
     """Refuse tokens and lengths that the base has no embedding for."""
+    wordy = next((p for p in data.prompts if len(p.tokens) >= (base.max_positions or math.inf)), None)
+    if wordy is not None:
+        raise InputError(
+            f"samples: a prompt has {len(wordy.tokens)} tokens, but '{base.name}' has {base.max_positions} positions, "
+            f"which hold the answer too ({wordy.text[:40]!r})"
+        )
     examples = (*data.train, *data.held_out)
     longest = max(examples, key=lambda e: len(e.tokens))
     if base.max_positions is not None and len(longest.tokens) > base.max_positions:

@@ -20,19 +20,33 @@ class StepMetrics:
     total_steps: int
     epoch: float  # passes over the data so far
     loss: float | None = None  # mean over the step's label weights; None where it is not finite
+    examples: int = 0  # of the step
     tokens: int = 0  # non-padding tokens of the step
     label_tokens: int = 0
+    total_tokens: int = 0  # of the job so far
+    total_label_tokens: int = 0
     lr: float | None = None
     grad_norm: float | None = None  # before clipping
     skipped: bool = False  # the gradient was not finite; nothing was updated
     tokens_per_second: float | None = None
     peak_memory: int = 0  # bytes, of the whole process (CPU) or device (CUDA)
-    eval_loss: float | None = None
+    eval_loss: float | None = None  # None where there was no evaluation, or where it is not finite
     eval_tokens: int | None = None  # label tokens evaluated
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a job answered at a step; step 0 is before training."""
+
+    job: str
+    step: int
+    index: int  # which prompt
+    prompt: str
+    answer: str
+
+
 class MetricsFile:
-    """`metrics.jsonl`: one object a job and step. On resume it is cut back to where each job stands."""
+    """A `.jsonl` file of what happened at each job's steps. On resume it is cut back to where each job stands."""
 
     def __init__(self, path: Path, resume_at: Mapping[str, int] | None = None):
         self.path = path
@@ -43,9 +57,9 @@ class MetricsFile:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, entry: StepMetrics | Sample) -> None:
         """Append one line, or none of it. Raises `StorageError`."""
-        fields = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None and v is not False}
+        fields = {k: v for k, v in dataclasses.asdict(entry).items() if v is not None and v is not False}
         line, start = (json.dumps(fields) + "\n").encode(), self.path.stat().st_size
         try:
             while line:

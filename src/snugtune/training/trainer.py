@@ -16,9 +16,10 @@ from torch import Tensor
 
 from snugtune.data.pack import collate
 from snugtune.model.base import Base
+from snugtune.model.generate import Sampling, generate
 from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Job
-from snugtune.training.metrics import StepMetrics
+from snugtune.training.metrics import Sample, StepMetrics
 from snugtune.training.schedule import schedule
 from snugtune.types import MIN_ROWS, Batch, Chunk, Plan
 
@@ -54,10 +55,13 @@ class Trainer:
         """Let `job` take part from the next step on. Its name must be new."""
         assert job.name not in self.jobs
         self.jobs[job.name] = job
+        if job.config.neftune_noise_alpha is not None:
+            self.base.embedding_noise[job.name] = job.config.neftune_noise_alpha
 
     def remove(self, name: str) -> Job:
         """Take a job out; the base forgets it."""
         job = self.jobs.pop(name)
+        self.base.embedding_noise.pop(name, None)
         job.attached.detach()
         return job
 
@@ -101,8 +105,8 @@ class Trainer:
         return {name: self._optim_step(self.jobs[name]) for name in names}
 
     def start_metrics(self) -> list[StepMetrics]:
-        """A step 0 for every job that has held-out examples, to be evaluated before training."""
-        return [StepMetrics(job.name, 0, job.total, 0.0) for job in self.jobs.values() if job.data.held_out]
+        """A step 0 for every job: what is evaluated and sampled before training."""
+        return [StepMetrics(job.name, 0, job.total, 0.0) for job in self.jobs.values()]
 
     def evaluated(self, metrics: StepMetrics) -> StepMetrics:
         """`metrics` with the held-out loss, where one is due. Raises `StopRequestedError` when asked to stop meanwhile."""
@@ -112,7 +116,8 @@ class Trainer:
         if not (due and job.data.held_out):
             return metrics
         loss, tokens = self.evaluate(job)
-        return replace(metrics, eval_loss=loss, eval_tokens=tokens, peak_memory=self.watch.peak())
+        known = loss if math.isfinite(loss) else None
+        return replace(metrics, eval_loss=known, eval_tokens=tokens, peak_memory=self.watch.peak())
 
     def evaluate(self, job: Job) -> tuple[float, int]:
         """(mean loss, label tokens) over the job's held-out examples, of which there is at least one."""
@@ -131,6 +136,16 @@ class Trainer:
         finally:
             self.base.model.train(training)
         return total / size, sum(len(c.rows) for c in chunks)
+
+    def samples(self, metrics: StepMetrics) -> list[Sample]:
+        """What the job answers at this step to its prompts, straight from the training weights, where that is due."""
+        job = self.jobs[metrics.job]
+        if not job.samples_due(metrics.step):
+            return []
+        stops, how = job.data.prompts[0].stops, Sampling(max_new_tokens=job.config.samples.max_new_tokens)
+        answers = generate(self.base, job.name, [p.tokens for p in job.data.prompts], stops, how)
+        pairs = enumerate(zip(job.data.prompts, answers, strict=True))
+        return [Sample(job.name, metrics.step, index, prompt.text, answer) for index, (prompt, answer) in pairs]
 
     def _losses(self, chunks: Sequence[Chunk], batch: Batch, training: bool) -> Iterable[tuple[Chunk, Tensor]]:
         """Each chunk's undivided loss, from one forward of their batch."""
@@ -164,14 +179,20 @@ class Trainer:
 
     def _report(self, job: Job, chunks: Sequence[Chunk], loss: Tensor, norm: float, speed: float) -> StepMetrics:
         value, finite = float(loss), math.isfinite(norm)
+        tokens, label_tokens = sum(len(c.tokens) for c in chunks), sum(len(c.rows) for c in chunks)
+        job.seen_tokens += tokens
+        job.seen_label_tokens += label_tokens
         return StepMetrics(
             job=job.name,
             step=job.step,
             total_steps=job.total,
             epoch=round(job.epoch, 4),
             loss=value if math.isfinite(value) else None,
-            tokens=sum(len(c.tokens) for c in chunks),
-            label_tokens=sum(len(c.rows) for c in chunks),
+            examples=sum(len(c.lengths) for c in chunks),
+            tokens=tokens,
+            label_tokens=label_tokens,
+            total_tokens=job.seen_tokens,
+            total_label_tokens=job.seen_label_tokens,
             lr=float(job.optimizer.param_groups[0]["lr"]),
             grad_norm=norm if finite else None,
             skipped=not finite,

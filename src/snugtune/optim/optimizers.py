@@ -1,0 +1,102 @@
+"""Optimizers: thin configs over torch's and well-kept libraries' implementations.
+
+`by_matrix` is true for those that look at the shapes of what they step: they are given each weight by itself, the others
+one flat buffer where there is one.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from snugtune.schema import Config
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Optimizer(Config):
+    by_matrix: ClassVar[bool] = False
+
+    weight_decay: float = Field(default=0.0, ge=0, description="decay of the weights, decoupled from the gradient")
+
+
+class AdamWConfig(_Optimizer):
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101): torch's fused implementation. State: 8 bytes a weight."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
+    eps: float = Field(default=1e-8, gt=0, description="added to the denominator")
+
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+class SgdConfig(_Optimizer):
+    """Stochastic gradient descent, torch's. State: 4 bytes a weight with momentum, else none."""
+
+    type: Literal["sgd"] = "sgd"
+    lr: float = Field(default=1e-2, gt=0, description="peak learning rate")
+    momentum: Decay = Field(default=0.9, description="of the velocity; 0: plain descent, which needs no state")
+    nesterov: bool = Field(default=False, description="look ahead along the velocity")
+    weight_decay: float = Field(default=0.0, ge=0, description="an L2 penalty, as is usual for SGD")
+
+    @model_validator(mode="after")
+    def _ahead_of_what(self) -> "SgdConfig":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: needs momentum above 0")
+        return self
+
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+class LionConfig(_Optimizer):
+    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of a momentum. State: 4 bytes a weight."""
+
+    type: Literal["lion"] = "lion"
+    lr: float = Field(default=5e-5, gt=0, description="peak learning rate: 3 to 10 times less than AdamW's")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="for the update and for the momentum, each in [0, 1)")
+
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        from lion_pytorch import Lion
+
+        return Lion(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+
+
+class AdafactorConfig(_Optimizer):
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), transformers', at the given rate.
+
+    State: 4 bytes for each row and each column of a weight.
+    """
+
+    by_matrix: ClassVar[bool] = True
+
+    type: Literal["adafactor"] = "adafactor"
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    clip_threshold: float = Field(default=1.0, gt=0, description="largest root mean square of one weight's update, before lr")
+    decay_rate: float = Field(default=-0.8, lt=0, gt=-1, description="how the memory of squared gradients grows with the steps")
+
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters,
+            lr=self.lr,
+            clip_threshold=self.clip_threshold,
+            decay_rate=self.decay_rate,
+            weight_decay=self.weight_decay,
+            scale_parameter=False,  # with it LoRA's B, which starts at zero, would hardly move
+            relative_step=False,
+        )
