@@ -264,7 +264,8 @@ def test_metrics_are_one_object_a_line(tmp_path: Path):
     path = written(tmp_path / "m.jsonl", taken, step(2, skipped=True, eval_loss=0.5, eval_tokens=9))
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first == {"job": "default", "step": 1, "total_steps": 10, "epoch": 0.1, "loss": 0.5, "examples": 1, "tokens": 5,
-                     "label_tokens": 3, "total_tokens": 5, "total_label_tokens": 3, "lr": 0.1, "grad_norm": 2.0, "peak_memory": 7}  # fmt: skip
+                     "label_tokens": 3, "total_tokens": 5, "total_label_tokens": 3, "lr": 0.1,
+                     "grad_norm": 2.0, "peak_memory": 7}  # fmt: skip
     assert second["skipped"] is True and second["eval_loss"] == 0.5 and second["eval_tokens"] == 9
     assert "grad_norm" not in second and "lr" not in second
     assert read_metrics(path) == [first, second]
