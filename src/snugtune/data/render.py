@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from jinja2 import TemplateError
 
+from snugtune.data.calls import Calls
 from snugtune.data.forms import Conversation, Item, Message
 from snugtune.data.sources import Drops
 from snugtune.errors import InputError
@@ -61,6 +62,7 @@ class Renderer:
         self._controls = _occurrences(special | {t.content for t in added if _controls(t.content, self.chat_template)})
         self._special = _occurrences(special)
         self._line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        self._calls = Calls(self._apply)
         self.end_of_turn, self._epilogue = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
@@ -70,16 +72,23 @@ class Renderer:
         An answer may hold control tokens that are not special (Qwen's `<think>`); whatever else is said holds none.
         """
         plain = []
-        for message in messages:
+        for message in self._calls.told(messages):
             barred = self._special if message["role"] == "assistant" else self._controls
             plain.append({key: _broken(value, barred) for key, value in message.items() if key != "weight"})
-        return self.tokenizer.apply_chat_template(
-            plain,
-            tools=[_broken(tool, self._controls) for tool in tools] or None,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=for_answer,
-        )
+        return self._apply(plain, [_broken(tool, self._controls) for tool in tools], for_answer)
+
+    def _apply(self, messages: Messages, tools: Tools = (), for_answer: bool = False) -> str:
+        """The template's text. Whatever it stumbles over is a `TemplateError`, as what it refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=for_answer,
+            )
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def prompt(self, messages: Messages, tools: Tools = ()) -> list[int]:
         """Token ids after which the model answers."""
