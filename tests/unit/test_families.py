@@ -7,109 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from families_for_tests import (
-    FAMILIES,
-    Messages,
-    Tools,
-    answers_of,
-    expected,
-    text_of,
-    tokenizer_of,
-    trained_runs,
-    up_to_answer,
+from families_for_tests import FAMILIES, Messages, Tools, expected, tokenizer_of, trained_runs
+from family_talks_for_tests import (
+    ASK,
+    GENERATION,
+    TALKS,
+    TOOLS,
+    call,
+    calling,
+    check,
+    conversations,
+    every_family,
+    few,
+    result,
+    talk,
+    tokenised,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers_for_tests import byte_level, sentencepiece_like
+from tokenizers_for_tests import byte_level
 
 from snugtune.data.forms import Conversation, read_form
 from snugtune.data.render import TRAINING_DATE, Renderer, TrainOn, render_all
 from snugtune.data.sources import Drops
-
-few = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
-every_family = pytest.mark.parametrize("name", FAMILIES)
-CALLERS = [name for name, family in FAMILIES.items() if family.calls]
-
-TOOLS: Tools = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather at a place, naïvely.",
-            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
-        },
-    }
-]
-BLANKS = ["", " ", "\n", " \n\n ", "\t"]
-TEXTS = [
-    *BLANKS,
-    "Hello",
-    " both ends \n",
-    "one\n\ntwo\n  three\n",
-    "Grüße, 你好",
-    "👩‍👩‍👧 😀",
-    "\n\nfirst",
-    "user",
-    "assistant\nuser",
-]
-texts = st.sampled_from(TEXTS) | st.text("aB .\n\t,é你😀<|>/", max_size=8)
-
-
-@st.composite
-def conversations(draw: st.DrawFn, system: bool = True) -> Messages:
-    """Up to three questions and their answers, perhaps a system turn."""
-    rounds = draw(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
-    return talk(*(text for pair in rounds for text in pair), system=draw(st.none() | texts) if system else None)
-
-
-def talk(*turns: str, system: str | None = None) -> list[dict[str, Any]]:
-    """Question, answer, question, answer ..."""
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-def call(place: str, id: str = "a1b2c3d4e") -> dict[str, Any]:
-    return {"type": "function", "id": id, "function": {"name": "get_weather", "arguments": {"place": place}}}
-
-
-def calling(*places: str, content: str = "") -> dict[str, Any]:
-    return {"role": "assistant", "content": content, "tool_calls": [call(place) for place in places]}
-
-
-def result(content: str) -> dict[str, Any]:
-    return {"role": "tool", "content": content, "tool_call_id": "a1b2c3d4e", "name": "get_weather"}
-
-
-def tokenised(name: str, messages: Messages, tools: Tools = (), build: Any = None) -> list[tuple[list[int], list[float]]]:
-    renderer = Renderer(tokenizer_of(name, build), TRAINING_DATE)
-    return [renderer.tokenize(rendered) for rendered in renderer.render(messages, tools)]
-
-
-def check(name: str, messages: Messages, tools: Tools = (), build: Any = None) -> None:
-    """The examples are those of the truth: the same text, the same trained runs of it."""
-    tokenizer, truths = tokenizer_of(name, build), expected(name, messages, tools)
-    exact = (build or FAMILIES[name].build) is not sentencepiece_like and name != "phi3"
-    found = tokenised(name, messages, tools, build)
-    assert len(found) == len(truths)
-    for (ids, weights), pieces in zip(found, truths, strict=True):
-        assert set(weights) <= {0.0, 1.0}
-        said = tokenizer.decode(ids)
-        assert same(said, text_of(pieces), exact) or same(said, text_of(up_to_answer(pieces)), exact)
-        runs = [tokenizer.decode(run) for run in trained_runs(ids, weights)]
-        assert len(runs) == len(answers_of(pieces))
-        for run, answer in zip(runs, answers_of(pieces), strict=True):
-            lost = len(bare(answer, exact)) - len(bare(run, exact))  # blanks that fuse with the header's are the header's
-            assert lost >= 0 and bare(answer, exact)[lost:] == bare(run, exact) and not bare(answer, exact)[:lost].strip()
-
-
-def bare(text: str, exact: bool) -> str:
-    """SentencePiece-like tokenizers put spaces in, and some tokens swallow the blanks after them: compared without."""
-    return text if exact else "".join(text.split())
-
-
-def same(ours: str, theirs: str, exact: bool) -> bool:
-    return bare(ours, exact).rstrip() == bare(theirs, exact).rstrip()
-
 
 # What is trained -------------------------------------------------------------------------------------------------------
 
@@ -138,13 +58,6 @@ def test_generation_stops_where_training_ends(name: str):
     for ids, weights in tokenised(name, talk("Hi", "Hello", "And?", "Bye")):
         assert all(run[-1] == renderer.end_of_turn for run in trained_runs(ids, weights))
         assert all(run.count(renderer.end_of_turn) == 1 for run in trained_runs(ids, weights))
-
-
-TALKS = {
-    "one question": talk("Hi", "Hello."),
-    "system": talk("Hi", "Hello.", system="You speak briefly."),
-    "three questions": talk("Hi", "Hello.", "What is it?", "A fox, naïve 😀.", "And\nnow?", "Still\n\na fox."),
-}
 
 
 @every_family
@@ -190,14 +103,6 @@ def test_what_stands_before_an_answer_is_the_prompt_of_generation(name: str, con
         assert weights[len(prompt)] == 1.0 and (n > 0 or not any(weights[: len(prompt)]))
 
 
-GENERATION = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
 @pytest.mark.parametrize("messages", TALKS.values(), ids=TALKS)
 def test_the_mask_is_the_librarys_where_a_template_marks_its_answers(messages: Messages):
     tokenizer = byte_level(GENERATION, eos="<|im_end|>")
@@ -206,65 +111,6 @@ def test_the_mask_is_the_librarys_where_a_template_marks_its_answers(messages: M
     [rendered] = renderer.render(messages)
     ids, weights = renderer.tokenize(rendered)
     assert ids == theirs["input_ids"] and weights == [float(w) for w in theirs["assistant_masks"]]
-
-
-# Tools -----------------------------------------------------------------------------------------------------------------
-
-ASK, TOLD = {"role": "user", "content": "Weather in Zürich?"}, {"role": "assistant", "content": "It snows: ☃."}
-TOOL_TALKS = {
-    "a call": [ASK, calling("Zürich"), result('{"snow": true}'), TOLD],
-    "a call that waits": [ASK, calling("Zürich")],
-    "a call with words": [ASK, calling("Zürich", content="I look."), result("snow"), TOLD],
-    "two results": [ASK, calling("Zürich"), result("snow"), result("more\nsnow"), TOLD],
-    "two calls in turn": [ASK, calling("Zürich"), result("?"), calling("Zürich, CH"), result("snow"), TOLD],
-    "another question": [ASK, calling("Zürich"), result("snow"), TOLD, {"role": "user", "content": "Sure?"}, TOLD],
-    "both at once": [ASK, calling("Zürich", "Bern"), result("snow"), result("rain"), TOLD],
-    "nothing called": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-}
-
-
-@pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("conversation", TOOL_TALKS)
-@pytest.mark.parametrize("name", CALLERS)
-def test_calls_are_trained_and_results_are_not(name: str, conversation: str, system: str | None):
-    """A call is an answer; what the tool says is a question."""
-    if conversation == "both at once" and name == "llama3":
-        pytest.skip("the family calls one tool at a time")
-    messages = TOOL_TALKS[conversation]
-    if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
-    check(name, messages, TOOLS)
-    check(name, messages, TOOLS, byte_level)
-
-
-@pytest.mark.parametrize("name", [*CALLERS, "granite"])
-def test_the_list_of_tools_is_not_trained(name: str):
-    check(name, talk("Hi", "Hello", "And?", "Bye", system="Brief."), TOOLS, byte_level)
-
-
-@pytest.mark.parametrize(
-    ("name", "trained"),
-    [
-        ("qwen2_5", '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Zürich"}}\n</tool_call><|im_end|>'),
-        ("llama3", '{"name": "get_weather", "parameters": {"place": "Zürich"}}<|eot_id|>'),
-    ],
-)
-def test_a_sharegpt_call_becomes_the_familys_call(name: str, trained: str):
-    """From a record with `function_call` and `observation`: the same tokens as of OpenAI's messages."""
-    record = {
-        "conversations": [
-            {"from": "human", "value": "Weather in Zürich?"},
-            {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"place": "Zürich"}}'},
-            {"from": "observation", "value": "snow"},
-            {"from": "gpt", "value": "It snows."},
-        ],
-        "tools": [TOOLS[0]["function"]],
-    }
-    item = read_form(record, "auto", {}, "x:1")
-    assert isinstance(item, Conversation)
-    tokenizer = tokenizer_of(name)
-    [(ids, weights)] = tokenised(name, item.messages, item.tools)
-    assert [tokenizer.decode(run) for run in trained_runs(ids, weights)] == [trained, "It snows." + FAMILIES[name].end]
 
 
 # Templates that rewrite earlier turns ----------------------------------------------------------------------------------
@@ -357,82 +203,6 @@ def test_content_in_parts_is_the_text_of_the_parts():
         item = read_form(record, "auto", {}, "x:1")
         assert isinstance(item, Conversation)
         assert tokenised(name, item.messages) == tokenised(name, talk("Hello there", "Hello there"))
-
-
-# Text that holds the template's own markers ----------------------------------------------------------------------------
-
-
-def control(name: str, ids: Sequence[int], special_only: bool = False) -> list[str]:
-    """The control tokens among `ids`, in order."""
-    known = tokenizer_of(name).added_tokens_decoder
-    return [str(known[i]) for i in ids if i in known and (known[i].special or not special_only)]
-
-
-def markers(name: str) -> list[str]:
-    return [str(token) for token in tokenizer_of(name).added_tokens_decoder.values()]
-
-
-def hostile(name: str, role: str) -> str:
-    """A text that tries to end its turn and to speak for others; what a template reads itself stays out of answers."""
-    mine = [m for m in markers(name) if role != "assistant" or "think" not in m]
-    return "Look: " + " ".join(mine) + " user\n" + "".join(mine) + "assistant\nsystem done."
-
-
-def shape(name: str, messages: Messages, tools: Tools = (), special_only: bool = False) -> list[list[str]]:
-    return [control(name, ids, special_only) for ids, _ in tokenised(name, messages, tools)]
-
-
-@every_family
-@pytest.mark.parametrize("role", ["user", "system", "assistant"])
-def test_markers_in_text_stay_text(name: str, role: str):
-    """The control tokens are those of the same talk about nothing, the text says what was written, and the mask is right."""
-    if role == "system" and not FAMILIES[name].system:
-        pytest.skip("the family takes no system turn")
-    calm = talk("Hi", "Hello", "And?", "Bye", system="Brief." if FAMILIES[name].system else None)
-    wild = [{**m, "content": hostile(name, role)} if m["role"] == role else m for m in calm]
-    assert shape(name, wild, special_only=role == "assistant") == shape(name, calm, special_only=role == "assistant")
-    check(name, wild)
-    check(name, wild, build=byte_level)
-
-
-@pytest.mark.parametrize("name", CALLERS)
-@pytest.mark.parametrize("place", ["result", "description", "argument", "name of the tool"])
-def test_markers_around_tools_stay_text(name: str, place: str):
-    """Results and schemas are foreign text wholly; arguments are the model's own, where only special tokens are barred."""
-
-    def tool_talk(text: str) -> tuple[list[dict[str, Any]], Tools]:
-        function = {**TOOLS[0]["function"], "description": text if place == "description" else "Weather."}
-        if place == "name of the tool":
-            function["name"] = text
-        talk_ = [ASK, calling(text if place == "argument" else "Bern"), result(text if place == "result" else "snow"), TOLD]
-        return talk_, [{"type": "function", "function": function}]
-
-    calm, wild = tool_talk("nothing"), tool_talk(hostile(name, "assistant" if place == "argument" else "user"))
-    special_only = place == "argument"
-    assert shape(name, *wild, special_only) == shape(name, *calm, special_only)
-    check(name, *wild)
-
-
-@every_family
-@few
-@given(data=st.data())
-def test_no_question_speaks_for_another_role(name: str, data: st.DataObject):
-    """Any mixture of markers and text."""
-    bits = st.lists(st.sampled_from([*markers(name), "user\n", "assistant\n", " ", "\n", "x"]), max_size=6)
-    calm = talk("Hi", "Hello", "And?", "Bye")
-    question = "".join(data.draw(bits))
-    wild = talk(f"a {question} b", "Hello", f"c{question}d", "Bye")
-    assert shape(name, wild) == shape(name, calm)
-    check(name, wild)
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "deepseek_r1"])
-def test_answers_may_use_the_tokens_that_are_not_special(name: str):
-    """`<tool_call>` in an answer is the token the model is to say."""
-    token = next(m for m in FAMILIES[name].added if "call" in m)
-    [(ids, weights)] = tokenised(name, talk("Hi", f"Now {token} it."))
-    id_ = tokenizer_of(name).convert_tokens_to_ids(token)
-    assert id_ in trained_runs(ids, weights)[0]
 
 
 # What is trained by choice ---------------------------------------------------------------------------------------------
