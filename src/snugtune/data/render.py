@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from jinja2 import TemplateError
 
+from snugtune.data.calls import Calls
 from snugtune.data.forms import Conversation, Item, Message
 from snugtune.data.sources import Drops
 from snugtune.errors import InputError
@@ -61,7 +62,8 @@ class Renderer:
         self._controls = _occurrences(special | {t.content for t in added if _controls(t.content, self.chat_template)})
         self._special = _occurrences(special)
         self._line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.end_of_turn = self._find_end_of_turn()
+        self._calls = Calls(self._apply)
+        self.end_of_turn, self._epilogue = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
     def template(self, messages: Messages, for_answer: bool = False, tools: Tools = ()) -> str:
@@ -70,16 +72,23 @@ class Renderer:
         An answer may hold control tokens that are not special (Qwen's `<think>`); whatever else is said holds none.
         """
         plain = []
-        for message in messages:
+        for message in self._calls.told(messages):
             barred = self._special if message["role"] == "assistant" else self._controls
             plain.append({key: _broken(value, barred) for key, value in message.items() if key != "weight"})
-        return self.tokenizer.apply_chat_template(
-            plain,
-            tools=[_broken(tool, self._controls) for tool in tools] or None,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=for_answer,
-        )
+        return self._apply(plain, [_broken(tool, self._controls) for tool in tools], for_answer)
+
+    def _apply(self, messages: Messages, tools: Tools = (), for_answer: bool = False) -> str:
+        """The template's text. Whatever it stumbles over is a `TemplateError`, as what it refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=for_answer,
+            )
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def prompt(self, messages: Messages, tools: Tools = ()) -> list[int]:
         """Token ids after which the model answers."""
@@ -88,11 +97,11 @@ class Renderer:
     def render(self, messages: Messages, tools: Tools = ()) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        whole = self.template(messages[: answers[-1] + 1], tools=tools)
         if self.train_on == "last_answer":
             answers = answers[-1:]
         weights = tuple(float(messages[i].get("weight", 1.0)) for i in answers)
         spans = [self._span(messages, i, tools) for i in answers]
+        whole = spans[-1][0]
         kept = [n for n, (text, _) in enumerate(spans) if whole.startswith(text)]
         if len(kept) == len(spans) or self.train_on == "everything":
             outside = 1.0 if self.train_on == "everything" else 0.0
@@ -103,15 +112,32 @@ class Renderer:
         """The text up to and with the answer, and where in it the answer stands."""
         text = self.template(messages[: answer + 1], tools=tools)
         opening = self.template(messages[:answer], for_answer=True, tools=tools)
-        if not text.startswith(opening):  # some templates open an answer otherwise than they record it
-            marked = self.template([*messages[:answer], {"role": "assistant", "content": _MARK}], tools=tools)
-            opening, found, _ = marked.rpartition(_MARK)
-            if not found or not text.startswith(opening):
-                raise TemplateError("the chat template rewrites the question when it is answered")
+        if not text.startswith(opening):
+            opening, text = self._otherwise(messages[:answer], tools, opening, text)
+        if self._epilogue and text.endswith(self._epilogue):  # Phi-3's end of a conversation, which is no part of the answer
+            text = text[: -len(self._epilogue)]
         return text, (len(opening), len(text))
 
-    def _find_end_of_turn(self) -> int:
-        """The token the template closes an answer with; the tokenizer's eos where it closes with none."""
+    def _otherwise(self, asked: Messages, tools: Tools, opening: str, text: str) -> tuple[str, str]:
+        """Opening and text, where templates open an answer otherwise than they record it, or its question.
+
+        A record that opens otherwise stands (DeepSeek R1). A question that is recorded otherwise stands as it was asked, for
+        the answer followed that (Mistral leaves the system turn out of it once it is answered).
+        """
+        marked, found, _ = self.template([*asked, {"role": "assistant", "content": _MARK}], tools=tools).rpartition(_MARK)
+        if not text.startswith(self.template(asked, tools=tools)):
+            end = _end_of_shared(opening, marked)
+            if opening[-1:] == marked[end - 1 : end] and text.startswith(marked[:end]):
+                return opening, opening + text[end:]
+        if not found or not text.startswith(marked):
+            raise TemplateError("the chat template rewrites the question when it is answered")
+        return marked, text
+
+    def _find_end_of_turn(self) -> tuple[int, str]:
+        """The token the template closes an answer with, and what it writes after it where a conversation ends.
+
+        The tokenizer's eos where it closes with none.
+        """
         try:
             text = self.template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}])
         except TemplateError as error:
@@ -119,7 +145,10 @@ class Renderer:
         _, found, tail = text.rpartition(_MARK)
         after = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
         control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return next((token for token in after if token in control), self.tokenizer.eos_token_id)
+        end = next((token for token in after if token in control), None)
+        if end is None:
+            return self.tokenizer.eos_token_id, ""
+        return end, tail.partition(str(self.tokenizer.convert_ids_to_tokens(end)))[2].lstrip()
 
     def tokenize(self, rendered: Rendered) -> tuple[list[int], list[float]]:
         """Token ids and their weights as targets: each answer's, up to its end token, which is added where there is none."""
@@ -208,6 +237,18 @@ def _broken(value: Any, barred: re.Pattern[str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_broken(v, barred) for v in value]
     return value
+
+
+def _end_of_shared(opening: str, marked: str) -> int:
+    """Where `marked` but for blanks at its end ends most like `opening`."""
+    ends = range(len(marked.rstrip()), len(marked) + 1)
+    return max(ends, key=lambda end: _shared_ending(opening, marked[:end]))
+
+
+def _shared_ending(one: str, other: str) -> int:
+    """How many characters both end with."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:

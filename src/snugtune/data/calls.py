@@ -1,0 +1,88 @@
+"""How a chat template takes calls of tools and their results: found by giving it a small talk with marks in it.
+
+Most templates want a call's arguments as an object, some as JSON text. Templates that know no tools leave calls out without a
+word: an empty answer would be learned in their place.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from snugtune.data.forms import Message
+
+_ASKED: Message = {"role": "user", "content": "Hi"}
+_ARGUMENTS = {"snugtune_key": "snugtune_value"}
+_CALL = {"type": "function", "id": "snugtune1", "function": {"name": "snugtune_call", "arguments": _ARGUMENTS}}
+_RESULT = "snugtune_result"
+_ANSWERED: tuple[Message, ...] = (
+    {"role": "tool", "content": _RESULT, "tool_call_id": "snugtune1", "name": "snugtune_call"},
+    {"role": "assistant", "content": "Bye"},
+)
+_SHOWN = ("snugtune_call", "snugtune_key", "snugtune_value", _RESULT)
+
+
+def _as_it_is(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    return call
+
+
+def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call with its arguments as JSON text."""
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        return call
+    told = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return told if function is call else {**call, "function": told}
+
+
+_FORMS = (_as_it_is, _as_text)
+
+
+class Calls:
+    """Brings messages into the form that a template takes calls in. `render` and `told` raise `TemplateError`."""
+
+    def __init__(self, render: Callable[[Sequence[Message]], str]):
+        self._render = render
+        self._forms: dict[bool, Callable[[Mapping[str, Any]], Mapping[str, Any]] | None] = {}
+        self._shows_results: bool | None = None
+
+    def told(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages for the template. Raises where it would leave a call or a result out."""
+        if not any(m.get("tool_calls") for m in messages) and any(m["role"] == "tool" for m in messages):
+            self._check_results()
+        return [self._told(m) if m.get("tool_calls") else m for m in messages]
+
+    def _told(self, message: Message) -> Message:
+        with_words = bool(message["content"])
+        if with_words not in self._forms:
+            self._forms[with_words] = self._find("Well." if with_words else "")
+        form = self._forms[with_words]
+        if form is None:
+            raise TemplateError("it leaves calls of tools out")
+        return {**message, "tool_calls": [form(call) for call in message["tool_calls"]]}
+
+    def _find(self, words: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]] | None:
+        """The first form that shows whole; as it is where the template refuses even that, for its own words to be heard."""
+        refused = []
+        for form in _FORMS:
+            calling = {"role": "assistant", "content": words, "tool_calls": [form(_CALL)]}
+            try:
+                text = self._render([_ASKED, calling, *_ANSWERED])
+            except TemplateError:
+                refused.append(form)
+                continue
+            if all(mark in text for mark in _SHOWN) and repr(_ARGUMENTS) not in text:  # Python's repr is not JSON
+                return form
+        return _as_it_is if _as_it_is in refused else None
+
+    def _check_results(self) -> None:
+        if self._shows_results is None:
+            try:
+                text = self._render([_ASKED, {"role": "assistant", "content": "Hi"}, *_ANSWERED])
+                self._shows_results = _RESULT in text
+            except TemplateError:
+                self._shows_results = True  # refused: the record will be, too, in the template's own words
+        if not self._shows_results:
+            raise TemplateError("it leaves results of tools out")
