@@ -14,17 +14,9 @@ import torch
 
 from snugtune.config import RunConfig, to_config
 from snugtune.console import Console, arrow, gib
-from snugtune.data.render import Renderer
-from snugtune.folder import RunFolder
-from snugtune.memory.plan import plan_for_answers
-from snugtune.model.base import load_base
-from snugtune.model.generate import Sampling
-from snugtune.model.source import find_model
 from snugtune.run import train
-from snugtune.tuned import Tuned, load
 
 SHOWN = 3
-SAMPLING = Sampling(max_new_tokens=90)
 
 
 def demo_config(output: Path) -> RunConfig:
@@ -41,6 +33,7 @@ def demo_config(output: Path) -> RunConfig:
             "epochs": 2,
             "optimizer": {"lr": 1.2e-3},
             "schedule": {"type": "cosine", "warmup": 0.1},
+            "samples": {"prompts": _questions(data / "heldout.jsonl"), "max_new_tokens": 90},
             "output": str(output),
         }
     )
@@ -53,16 +46,13 @@ def run_demo(output: Path, console: Console) -> None:
     console.say("snugtune demo", style="bold")
     console.say(f"SmolLM2-135M-Instruct learns to turn support messages into triage cards. Device found: {device}.")
     console.say()
-    RunFolder(output).check(config)
-    questions = _questions(Path(str(config.validation)))
-    before = _bare(console).replies(questions, SAMPLING)
     result = train(config, console)
-    after = load(output, say=console.note).replies(questions, SAMPLING)
-    for question, was, now in zip(questions, before, after, strict=True):
+    before, after = ([s for s in result.samples if s["step"] == step] for step in (0, result.metrics[-1]["step"]))
+    for was, now in zip(before, after, strict=True):
         console.say()
-        console.say(f"message  {question}", style="bold")
-        _answer(console, "before", was, "yellow")
-        _answer(console, "after", now, "green")
+        console.say(f"message  {was['prompt']}", style="bold")
+        _answer(console, "before", was["answer"], "yellow")
+        _answer(console, "after", now["answer"], "green")
     held = [m["eval_loss"] for m in result.metrics if "eval_loss" in m]
     speed = _speed(result.metrics)
     console.say()
@@ -77,12 +67,6 @@ def run_demo(output: Path, console: Console) -> None:
 def _questions(held_out: Path) -> list[str]:
     lines = held_out.read_text(encoding="utf-8").splitlines()[:SHOWN]
     return [json.loads(line)["messages"][0]["content"] for line in lines]
-
-
-def _bare(console: Console) -> Tuned:
-    """The model as it comes."""
-    base = load_base(find_model("demo", console.note), plan_for_answers())
-    return Tuned(base, None, Renderer(base.tokenizer))
 
 
 def _answer(console: Console, label: str, text: str, style: str) -> None:

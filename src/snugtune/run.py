@@ -54,11 +54,15 @@ class Silent:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind. `artefacts`: job name -> adapter or model folder; `seconds` of this session's training."""
+    """What a run left behind. `artefacts`: job name -> adapter or model folder; `seconds` of this session's training.
+
+    `metrics` and `samples` are the lines of `metrics.jsonl` and `samples.jsonl`.
+    """
 
     folder: Path
     artefacts: Mapping[str, Path]
     metrics: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
     peak_bytes: int | None
     seconds: float = 0.0
     already_finished: bool = False
@@ -294,7 +298,8 @@ def _planned_before(checkpoint: Checkpoint) -> Planned:
 def _result(folder: RunFolder, jobs: Sequence[JobConfig], already_finished: bool = False, seconds: float = 0.0) -> RunResult:
     artefacts = {job.name: folder.artefact(job) for job in jobs}
     peak = folder.read_plan()["measured_peak_bytes"]
-    return RunResult(folder.path, artefacts, read_metrics(folder.metrics), peak, seconds, already_finished)
+    samples = read_metrics(folder.samples) if folder.samples.exists() else []
+    return RunResult(folder.path, artefacts, read_metrics(folder.metrics), samples, peak, seconds, already_finished)
 
 
 @contextmanager
