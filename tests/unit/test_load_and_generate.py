@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
-from conftest import tiny_base, tiny_tokenizer
+from conftest import sequences, tiny_base, tiny_model, tiny_tokenizer
 from snugtune.errors import InputError
+from snugtune.model.base import load_base
 from snugtune.model.generate import Sampling, generate
 from snugtune.model.load import load_tokenizer
 from snugtune.model.source import ModelSource
+from snugtune.types import Plan
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -26,6 +29,20 @@ def test_the_plain_template_begins_as_the_tokenizer_does(begins: bool, tmp_path:
     text = loaded.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text == ("<|endoftext|>" if begins else "") + "### User:\nHi\n\n"
     assert any("no chat template" in note for note in notes)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "mixtral", "phimoe"])
+def test_a_loaded_base_is_the_model_of_its_folder(arch: str, tmp_path: Path) -> None:
+    """What is switched off at load is noise of training. PhiMoE's `router_jitter_noise` only sounds like it."""
+    noise = {"gpt2": {"attn_pdrop": 0.1}, "mixtral": {"router_jitter_noise": 0.1}, "phimoe": {"input_jitter_noise": 0.1}}[arch]
+    model, (part,) = tiny_model(arch), sequences(12)
+    model.config.update(noise)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(ModelSource("x", str(tmp_path)), Plan("cpu", "fp32", 1, "none", 512, 1))
+    assert any(note == f"the base's own dropouts are off ({next(iter(noise))})" for note in base.notes)
+    with torch.no_grad(), base.answering(None):
+        assert torch.equal(base.model(input_ids=part[None]).logits, model(input_ids=part[None]).logits)
 
 
 def test_a_conversation_beyond_the_positions_is_refused() -> None:
