@@ -46,6 +46,9 @@ _GEMMA2 = _WINDOW | {"query_pre_attn_scalar": 25, "attn_logit_softcapping": 3.0,
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.12}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
              "original_max_position_embeddings": 16}  # fmt: skip
+_ZAMBA2 = {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "attention_hidden_size": 128,
+           "attention_head_dim": 32, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16,
+           "chunk_size": 16}  # fmt: skip
 
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _HEADS),
@@ -84,6 +87,7 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.12}),
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "falcon_alibi": ("FalconConfig", {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"alibi": True}),
+    "zamba2": ("Zamba2Config", _GROUPED | _ZAMBA2),  # one block of attention, used again with adapters of its own
     "dynamic": ("LlamaConfig", _HEADS | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
     "longrope": ("Phi3Config", _GROUPED | {"rope_parameters": _LONGROPE}),
 }

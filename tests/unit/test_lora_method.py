@@ -216,6 +216,7 @@ PLAIN = {"r": 3, "lora_alpha": 5}
     ("arch", "settings"),
     [
         *((arch, PLAIN) for arch in ("llama", "gpt2", "gemma2", "qwen3", "phi3", "mixtral", "gptoss", "bloom", "mamba")),
+        ("zamba2", PLAIN),  # some of its linears' names end in numbers, as those of the blocks
         ("llama", PLAIN | {"target_modules": ("lm_head", "q_proj")}),
         ("gemma2", PLAIN | {"target_modules": ("lm_head", "q_proj")}),
         ("gpt2", PLAIN | {"target_modules": ("lm_head", "c_attn")}),

@@ -31,6 +31,7 @@ UNPACKABLE = {
     "bloom": "attention is not replaceable",
     "mamba": "state along the row",
     "falcon_alibi": "ALiBi",
+    "zamba2": "state along the row",
     "dynamic": "dynamic RoPE",
     "longrope": "longrope RoPE",
     "llama4": "chunked_attention",
