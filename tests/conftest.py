@@ -46,6 +46,11 @@ _GEMMA2 = _WINDOW | {"query_pre_attn_scalar": 25, "attn_logit_softcapping": 3.0,
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.12}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
              "original_max_position_embeddings": 16}  # fmt: skip
+_GEMMA3N = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": VOCAB, "laurel_rank": 8,
+            "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0, 0.0], "final_logit_softcapping": 4.0}  # fmt: skip
+_JAMBA = {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 4,
+          "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}  # fmt: skip
 _ZAMBA2 = {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "attention_hidden_size": 128,
            "attention_head_dim": 32, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16,
            "chunk_size": 16}  # fmt: skip
@@ -58,6 +63,7 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _GROUPED),
     "gemma2": ("Gemma2Config", _GEMMA2),
     "gemma3": ("Gemma3TextConfig", _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3n": ("Gemma3nTextConfig", _WINDOW | _GEMMA3N),
     "gpt2": ("GPT2Config", _GPT2),
     "opt": ("OPTConfig", _SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "neox": ("GPTNeoXConfig", _SIZES),
@@ -87,6 +93,8 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.12}),
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "falcon_alibi": ("FalconConfig", {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"alibi": True}),
+    "jamba": ("JambaConfig", _GROUPED | _JAMBA),
+    "gptj": ("GPTJConfig", _GPT2 | {"rotary_dim": 8}),
     "zamba2": ("Zamba2Config", _GROUPED | _ZAMBA2),  # one block of attention, used again with adapters of its own
     "dynamic": ("LlamaConfig", _HEADS | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
     "longrope": ("Phi3Config", _GROUPED | {"rope_parameters": _LONGROPE}),

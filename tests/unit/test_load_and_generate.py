@@ -45,12 +45,14 @@ def test_a_loaded_base_is_the_model_of_its_folder(arch: str, tmp_path: Path) -> 
         assert torch.equal(base.model(input_ids=part[None]).logits, model(input_ids=part[None]).logits)
 
 
-def test_a_conversation_beyond_the_positions_is_refused() -> None:
-    """Where the positions are a table (GPT-2); short of its end, the answer is cut to what fits."""
-    base = tiny_base("gpt2")
+@pytest.mark.parametrize("arch", ["gpt2", "gptj"])
+def test_a_conversation_beyond_the_positions_is_refused(arch: str) -> None:
+    """Where the positions are a table (learned in GPT-2, sines in GPT-J); short of its end, the answer is cut to what fits."""
+    base = tiny_base(arch)
     assert base.max_positions is not None
     ids = base.tokenizer("a " * 400)["input_ids"]
-    with pytest.raises(InputError, match=rf"but 'tiny-gpt2' has {base.max_positions} positions"):
+    with pytest.raises(InputError, match=rf"but 'tiny-{arch}' has {base.max_positions} positions"):
         generate(base, None, [base.tokenizer.decode(ids)], [], Sampling())
-    (answer,) = generate(base, None, [base.tokenizer.decode(ids[: base.max_positions - 3])], [], Sampling(max_new_tokens=50))
-    assert len(base.tokenizer(answer)["input_ids"]) <= 3
+    nearly_full = [base.tokenizer.decode(ids[: base.max_positions - 3])]
+    cut, three = (generate(base, None, nearly_full, [], Sampling(max_new_tokens=n)) for n in (50, 3))
+    assert cut == three

@@ -31,6 +31,8 @@ UNPACKABLE = {
     "bloom": "attention is not replaceable",
     "mamba": "state along the row",
     "falcon_alibi": "ALiBi",
+    "jamba": "state along the row",
+    "gptj": "attention is not replaceable",
     "zamba2": "state along the row",
     "dynamic": "dynamic RoPE",
     "longrope": "longrope RoPE",

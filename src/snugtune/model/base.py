@@ -33,10 +33,11 @@ _STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hy
 _ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed(dings?)?)$")
 _MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 _DRAWS_EXPERTS = frozenset({"phimoe"})
-_READ_PAST = frozenset({"out_proj", "dt_proj"})
+# What Mamba's fused kernels take in at once, where they are installed; without them it would be called.
+_FUSED_IN_MAMBA = frozenset({"out_proj", "dt_proj"})
 # Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
 _PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
@@ -69,6 +70,7 @@ class Base:
         self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
         self.moe = _count_experts(model) is not None
         self._check_causal()
+        self.read_past = self._find_read_past()
         obstacle = _packing_obstacle(model) or self._prove_packing()
         self.packable = obstacle is None
         self.notes = notes
@@ -135,7 +137,8 @@ class Base:
     def refuses(self, name: str) -> str | None:
         """Why linear `name` must not carry an adapter, or None."""
         leaf = name.rpartition(".")[2]
-        if self.model.config.model_type in _MAMBA_TYPES and leaf in _READ_PAST:
+        fused = self.model.config.model_type in _MAMBA_TYPES and leaf in _FUSED_IN_MAMBA
+        if fused or name in self.read_past:
             return "the model takes its weight as it lies, without calling it"
         if self.moe and (leaf in _EXPERT_LEAVES or ".experts." in name):
             return "PEFT would read it as the fused experts"
@@ -191,9 +194,11 @@ class Base:
 
     @property
     def max_positions(self) -> int | None:
-        """The length of the model's table of learned positions; None for models that compute them."""
-        tables = (n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding) and _POSITION_TABLE.search(n))
-        return getattr(self.model.config, "max_position_embeddings", None) if next(tables, None) else None
+        """The length of the model's table of positions (learned, or sines made once); None for models that compute them."""
+        learned = (n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding))
+        tables = (*learned, *(n for n, _ in self.model.named_buffers()))
+        has_table = any(_POSITION_TABLE.search(n) for n in tables)
+        return getattr(self.model.config, "max_position_embeddings", None) if has_table else None
 
     def _check_causal(self) -> None:
         """Later tokens must not change earlier states. Raises `InputError`: such a model knows the answers it is to learn."""
@@ -206,6 +211,25 @@ class Base:
         if _relative(part, whole, per_token=self.moe) > _PROOF_TOLERANCE[self.dtype]:
             kind = self.model.config.model_type
             raise InputError(f"model: '{self.name}' ({kind}) is not a causal language model: its tokens see those after them")
+
+    def _find_read_past(self) -> frozenset[str]:
+        """The linears that a forward in training does not call: an adapter on one would never learn."""
+        called: set[str] = set()
+        ids = _probe_batch(self.vocab_size, self.device).input_ids[:, :17]
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
+            for name in self.linear_names
+        ]
+        training = self.model.training
+        self.model.train()
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            self.model.train(training)
+            for hook in hooks:
+                hook.remove()
+        return frozenset(self.linear_names) - called
 
     def _prove_packing(self) -> str | None:
         """Two short sequences in one row against each alone with the model's own attention. None when they agree."""
