@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
@@ -217,7 +217,7 @@ class Base:
         called: set[str] = set()
         ids = _probe_batch(self.vocab_size, self.device).input_ids[:, :17]
         hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
+            self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
             for name in self.linear_names
         ]
         training = self.model.training
@@ -263,20 +263,19 @@ class Base:
     def _check_head(self) -> tuple[Head, bool]:
         """The chunked head if it reproduces the model's own logits, else the model's own."""
         project = self.model.get_output_embeddings()
-        config = self.model.config
-        cap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        head = Head(project, Logits(scale=scale, softcap=cap), router=self.router)
         batch = _probe_batch(self.vocab_size, self.device)
         ids = batch.input_ids[:, : batch.lengths[0]]
         with torch.no_grad(), self.answering(None):
             own = self.model(input_ids=ids, use_cache=False).logits[0]
             try:
-                ours = head.logits(self._body(input_ids=ids, use_cache=False)) if self.body is not None and project else None
+                raw = project(self._body(input_ids=ids, use_cache=False)) if self.body is not None and project else None
             except RuntimeError:  # its projection does not even fit the hidden states: the head is something else
-                ours = None
-        if ours is not None and ours.shape == own.shape and _relative(ours, own) <= _PROOF_TOLERANCE[self.dtype]:
-            return head, False
+                raw = None
+        if raw is not None and raw.shape == own.shape:
+            errors = {shape: _relative(shape(raw), own) for shape in _logit_shapes(self.model.config)}
+            best = min(errors, key=lambda shape: errors[shape])
+            if errors[best] <= _PROOF_TOLERANCE[self.dtype]:
+                return Head(project, best, router=self.router), False
         self.body = None
         return Head(None, Logits()), True
 
@@ -325,6 +324,19 @@ def _slides(model: PreTrainedModel) -> bool:
     kinds = getattr(config, "layer_types", None)
     declared = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return bool(declared) and (kinds is None or "sliding_attention" in kinds)
+
+
+def _logit_shapes(config: PretrainedConfig) -> list[Logits]:
+    """What the config may mean for the logits. Families differ in names, and in whether `logits_scaling` divides."""
+
+    def numbers(*names: str) -> list[float]:
+        values = (getattr(config, name, None) for name in names)
+        return [float(v) for v in values if isinstance(v, (int, float)) and v]
+
+    cap = next(iter(numbers("final_logit_softcapping", "logits_soft_cap")), None)
+    scaling = numbers("logits_scaling")
+    scales = [1.0, *numbers("logit_scale", "lm_head_multiplier"), *scaling, *(1.0 / s for s in scaling)]
+    return [Logits(scale, cap) for scale in dict.fromkeys(scales)]
 
 
 def _count_experts(model: PreTrainedModel) -> int | None:
