@@ -46,6 +46,30 @@ _GEMMA2 = _WINDOW | {"query_pre_attn_scalar": 25, "attn_logit_softcapping": 3.0,
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.12}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
              "original_max_position_embeddings": 16}  # fmt: skip
+_GEMMA3N = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": VOCAB, "laurel_rank": 8,
+            "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0, 0.0], "final_logit_softcapping": 4.0}  # fmt: skip
+_GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": VOCAB, "global_head_dim": 16,
+           "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}  # fmt: skip
+_GPT_NEO = {"vocab_size": VOCAB, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128, "window_size": 5,
+            "initializer_range": 0.12}  # fmt: skip
+_DEEPSEEK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_group": 1,
+             "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+             "first_k_dense_replace": 1}  # fmt: skip
+_MAMBA2 = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 16,
+           "n_groups": 2, "chunk_size": 16}  # fmt: skip
+_RECURRENT_GEMMA = {"lru_width": 64, "attention_window_size": 8, "num_hidden_layers": 3, "logits_soft_cap": 4.0}
+_FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+              "mamba_chunk_size": 16, "lm_head_multiplier": 0.3, "embedding_multiplier": 3.0}  # fmt: skip
+_QWEN3_NEXT = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+               "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+               "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+_JAMBA = {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 4,
+          "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}  # fmt: skip
+_ZAMBA2 = {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "attention_hidden_size": 128,
+           "attention_head_dim": 32, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16,
+           "chunk_size": 16}  # fmt: skip
 
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _HEADS),
@@ -55,16 +79,27 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _GROUPED),
     "gemma2": ("Gemma2Config", _GEMMA2),
     "gemma3": ("Gemma3TextConfig", _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3n": ("Gemma3nTextConfig", _WINDOW | _GEMMA3N),
     "gpt2": ("GPT2Config", _GPT2),
     "opt": ("OPTConfig", _SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "neox": ("GPTNeoXConfig", _SIZES),
     "cohere": ("CohereConfig", _GROUPED | {"logit_scale": 0.3}),
+    "hyperclovax": ("HyperCLOVAXConfig", _HEADS | {"logits_scaling": 3.0}),
     "granite": ("GraniteConfig", _GROUPED | {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
     "gptoss": (
         "GptOssConfig",
         _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "olmo2": ("Olmo2Config", _GROUPED),
+    "starcoder2": ("Starcoder2Config", _GROUPED | {"sliding_window": 5}),
+    "cohere2": ("Cohere2Config", _WINDOW | {"logit_scale": 0.3, "layer_types": ["sliding_attention", "full_attention"]}),
+    "glm4": ("Glm4Config", _HEADS),
+    "smollm3": ("SmolLM3Config", _GROUPED | {"no_rope_layer_interval": 2}),
+    "exaone4": ("Exaone4Config", _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma4": ("Gemma4TextConfig", _WINDOW | _GEMMA4),
+    "persimmon": ("PersimmonConfig", _SIZES),
     # experts
+    "deepseek_v3": ("DeepseekV3Config", _SIZES | _DEEPSEEK),
     "mixtral": ("MixtralConfig", _HEADS | {"num_local_experts": 4}),
     "qwen3moe": ("Qwen3MoeConfig", _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "qwen2moe": (
@@ -82,8 +117,21 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     # models whose rows cannot be shared
     "llama4": ("Llama4TextConfig", _HEADS | {"num_local_experts": 4, "intermediate_size_mlp": 96}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.12}),
+    "mpt": ("MptConfig", {"vocab_size": VOCAB, "d_model": 64, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2}),
+    "stablelm": ("StableLmConfig", _GROUPED),
+    "nemotron": ("NemotronConfig", _HEADS),
+    "falcon": ("FalconConfig", {k: v for k, v in _SIZES.items() if k != "intermediate_size"}),
+    "gpt_neo": ("GPTNeoConfig", _GPT_NEO),
+    "mamba2": ("Mamba2Config", _MAMBA2),
+    "recurrent_gemma": ("RecurrentGemmaConfig", _HEADS | _RECURRENT_GEMMA),
+    "falcon_h1": ("FalconH1Config", _HEADS | _FALCON_H1),
+    "qwen3next": ("Qwen3NextConfig", _HEADS | _QWEN3_NEXT),
+    "lfm2": ("Lfm2Config", _GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "falcon_alibi": ("FalconConfig", {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"alibi": True}),
+    "jamba": ("JambaConfig", _GROUPED | _JAMBA),
+    "gptj": ("GPTJConfig", _GPT2 | {"rotary_dim": 8}),
+    "zamba2": ("Zamba2Config", _GROUPED | _ZAMBA2),  # one block of attention, used again with adapters of its own
     "dynamic": ("LlamaConfig", _HEADS | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
     "longrope": ("Phi3Config", _GROUPED | {"rope_parameters": _LONGROPE}),
 }

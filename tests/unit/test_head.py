@@ -249,7 +249,12 @@ def test_a_frozen_head_gives_the_hidden_states_gradient_even_if_weights_move() -
 # ---------------------------------------------------------------- the heads of real architectures
 
 
-HEADS = {"llama": {}, "gemma2": {}, "cohere": {}, "granite": {}, "phi": {}, "gpt2": {}}
+HEADS = ("llama", "gemma2", "cohere", "granite", "phi", "gpt2", "recurrent_gemma", "falcon_h1", "hyperclovax")
+
+
+def _rows(base: Base, parts: list[Tensor]) -> list[list[Tensor]]:
+    """All in one row, or each in its own where they cannot share one."""
+    return [parts] if base.packable else [[part] for part in parts]
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["generic", "frozen"])
@@ -262,7 +267,8 @@ def test_a_bases_loss_is_the_models_own(arch: str, freeze: bool) -> None:
     base.configure(recompute=False, head_rows=4)
     assert not base.own_head
     with torch.no_grad():
-        torch.testing.assert_close(nll_packed(base, parts), nll_alone(native, parts), rtol=1e-6, atol=0)
+        ours = sum(nll_packed(base, row) for row in _rows(base, parts))
+        torch.testing.assert_close(ours, nll_alone(native, parts), rtol=1e-6, atol=0)
 
 
 def test_the_architectures_shapes_are_what_they_are_for() -> None:
@@ -272,6 +278,10 @@ def test_the_architectures_shapes_are_what_they_are_for() -> None:
     assert shapes["gemma2"] == Logits(softcap=4.0)
     assert shapes["cohere"] == Logits(scale=0.3)
     assert shapes["granite"] == Logits(scale=1 / 3)
+    assert shapes["recurrent_gemma"] == Logits(softcap=4.0)
+    assert shapes["falcon_h1"] == Logits(scale=0.3)
+    assert shapes["hyperclovax"] == Logits(scale=3.0)  # it multiplies by what Granite divides by
+    assert tiny_base("mpt", logit_scale="inv_sqrt_d_model").head.shape == Logits()  # no number, and the model ignores it
     assert tiny_model("phi").get_output_embeddings().bias is not None
 
 
@@ -281,7 +291,8 @@ def test_a_full_models_head_trains(arch: str) -> None:
     base, native, parts = tiny_base(arch), tiny_model(arch), sequences(11, 2, 9)
     Full().attach(base, "j", FullConfig(), 0)
     base.configure(recompute=False, head_rows=4)
-    nll_packed(base, parts).backward()
+    for row in _rows(base, parts):
+        nll_packed(base, row).backward()
     nll_alone(native, parts).backward()
     ours, truth = base.model.get_output_embeddings(), native.get_output_embeddings()
     assert relative(ours.weight.grad, truth.weight.grad) <= 2e-5
@@ -369,17 +380,18 @@ def _odd_model() -> Odd:
     return odd.eval()
 
 
-def _misnamed_model() -> Any:
-    """Its config says logit_scale; a Llama does not look at it."""
-    return tiny_model("llama", logit_scale=0.3)
-
-
 def _transforming_model() -> Any:
     """Dense, activation and norm stand between the body and the output embeddings."""
     return tiny_model("modernbert")
 
 
-ODD = pytest.mark.parametrize("make", [_odd_model, _misnamed_model, _transforming_model], ids=["odd", "misnamed", "transforming"])
+def test_a_scale_that_the_model_ignores_is_ignored() -> None:
+    """Its config says logit_scale; a Llama does not look at it, and what it computes counts."""
+    base = Base(tiny_model("llama", logit_scale=0.3), tiny_tokenizer(), "misnamed")
+    assert not base.own_head and base.head.shape == Logits()
+
+
+ODD = pytest.mark.parametrize("make", [_odd_model, _transforming_model], ids=["odd", "transforming"])
 
 
 @ODD

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
-from conftest import tiny_base, tiny_tokenizer
+from conftest import sequences, tiny_base, tiny_model, tiny_tokenizer
 from snugtune.errors import InputError
+from snugtune.model.base import load_base
 from snugtune.model.generate import Sampling, generate
 from snugtune.model.load import load_tokenizer
 from snugtune.model.source import ModelSource
+from snugtune.types import Plan
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -28,12 +31,28 @@ def test_the_plain_template_begins_as_the_tokenizer_does(begins: bool, tmp_path:
     assert any("no chat template" in note for note in notes)
 
 
-def test_a_conversation_beyond_the_positions_is_refused() -> None:
-    """Where the positions are a table (GPT-2); short of its end, the answer is cut to what fits."""
-    base = tiny_base("gpt2")
+@pytest.mark.parametrize("arch", ["gpt2", "mixtral", "phimoe"])
+def test_a_loaded_base_is_the_model_of_its_folder(arch: str, tmp_path: Path) -> None:
+    """What is switched off at load is noise of training. PhiMoE's `router_jitter_noise` only sounds like it."""
+    noise = {"gpt2": {"attn_pdrop": 0.1}, "mixtral": {"router_jitter_noise": 0.1}, "phimoe": {"input_jitter_noise": 0.1}}[arch]
+    model, (part,) = tiny_model(arch), sequences(12)
+    model.config.update(noise)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(ModelSource("x", str(tmp_path)), Plan("cpu", "fp32", 1, "none", 512, 1))
+    assert any(note == f"the base's own dropouts are off ({next(iter(noise))})" for note in base.notes)
+    with torch.no_grad(), base.answering(None):
+        assert torch.equal(base.model(input_ids=part[None]).logits, model(input_ids=part[None]).logits)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gptj"])
+def test_a_conversation_beyond_the_positions_is_refused(arch: str) -> None:
+    """Where the positions are a table (learned in GPT-2, sines in GPT-J); short of its end, the answer is cut to what fits."""
+    base = tiny_base(arch)
     assert base.max_positions is not None
     ids = base.tokenizer("a " * 400)["input_ids"]
-    with pytest.raises(InputError, match=rf"but 'tiny-gpt2' has {base.max_positions} positions"):
+    with pytest.raises(InputError, match=rf"but 'tiny-{arch}' has {base.max_positions} positions"):
         generate(base, None, [ids], [], Sampling())
-    (answer,) = generate(base, None, [ids[: base.max_positions - 3]], [], Sampling(max_new_tokens=50))
-    assert len(base.tokenizer(answer)["input_ids"]) <= 3
+    nearly_full = [ids[: base.max_positions - 3]]
+    cut, three = (generate(base, None, nearly_full, [], Sampling(max_new_tokens=n)) for n in (50, 3))
+    assert cut == three

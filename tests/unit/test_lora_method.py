@@ -157,6 +157,18 @@ def test_routers_that_are_plain_linears_are_left_out_too(arch: str) -> None:
     assert names and not [n for n in names if re.search(r"\.gate\b|router|\.experts\.|lm_head", n)]
 
 
+@pytest.mark.parametrize(("arch", "leaf"), [("jamba", "dt_proj"), ("gemma3n", "correction_coefs")])
+def test_linears_that_training_reads_past_are_left_out(arch: str, leaf: str) -> None:
+    """Their weight is used without a call, so that an adapter would stay zero: found by watching a forward in train mode."""
+    base = tiny_base(arch)
+    past = [name for name in base.linear_names if name.endswith(f".{leaf}")]
+    assert past and sorted(base.read_past) == past
+    assert not base.read_past.intersection(base.adaptable())
+    assert base.model.training is False and not any(m._forward_pre_hooks for m in base.model.modules())
+    with pytest.raises(InputError, match=rf"{leaf}: the model takes its weight as it lies"):
+        LORA.attach(base, "j", LoraConfig(target_modules=(leaf,)), 0)
+
+
 def test_a_linear_as_wide_as_there_are_experts_is_no_router() -> None:
     """Here k_proj and v_proj have 32 outputs and the model 32 experts."""
     base = tiny_base("qwen3moe", num_experts=32)
@@ -216,6 +228,7 @@ PLAIN = {"r": 3, "lora_alpha": 5}
     ("arch", "settings"),
     [
         *((arch, PLAIN) for arch in ("llama", "gpt2", "gemma2", "qwen3", "phi3", "mixtral", "gptoss", "bloom", "mamba")),
+        ("zamba2", PLAIN),  # some of its linears' names end in numbers, as those of the blocks
         ("llama", PLAIN | {"target_modules": ("lm_head", "q_proj")}),
         ("gemma2", PLAIN | {"target_modules": ("lm_head", "q_proj")}),
         ("gpt2", PLAIN | {"target_modules": ("lm_head", "c_attn")}),

@@ -29,8 +29,21 @@ from snugtune.model.base import Base
 
 UNPACKABLE = {
     "bloom": "attention is not replaceable",
+    "mpt": "attention is not replaceable",
+    "stablelm": "attention is not replaceable",
+    "nemotron": "does not pass the sequence borders on",
+    "falcon": "attention is not replaceable",
+    "gpt_neo": "attention is not replaceable",
+    "mamba2": "state along the row",
+    "recurrent_gemma": "state along the row",
+    "falcon_h1": "state along the row",
+    "qwen3next": "state along the row",
+    "lfm2": "conv layers",
     "mamba": "state along the row",
     "falcon_alibi": "ALiBi",
+    "jamba": "state along the row",
+    "gptj": "attention is not replaceable",
+    "zamba2": "state along the row",
     "dynamic": "dynamic RoPE",
     "longrope": "longrope RoPE",
     "llama4": "chunked_attention",
@@ -80,7 +93,8 @@ def test_unpackable_models_are_found_and_said_aloud(arch: str, reason: str) -> N
 
 @pytest.mark.parametrize("arch", PACKABLE)
 def test_moe_bases_are_known_as_such(arch: str) -> None:
-    assert tiny_base(arch).moe is (arch in {"gptoss", "mixtral", "qwen3moe", "qwen2moe", "hunyuan", "phimoe", "afmoe"})
+    moe = {"gptoss", "mixtral", "qwen3moe", "qwen2moe", "hunyuan", "phimoe", "afmoe", "deepseek_v3"}
+    assert tiny_base(arch).moe is (arch in moe)
 
 
 def _mean_over_the_row(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

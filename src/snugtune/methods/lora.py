@@ -6,7 +6,7 @@ PEFT's, so that adapters travel both ways. Adapters are fp32 and are computed wi
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -150,7 +150,7 @@ class Lora:
         """Fresh factors; equal to those of `get_peft_model` after `torch.manual_seed(seed)` on an fp32 base."""
         names = _select(base, config.target_modules)
         transposed = base.conv1d_names.intersection(names)
-        peft_config = config.to_peft(_shortest(names, base.linear_names))
+        peft_config = config.to_peft(_shortest(names, [n for n, _ in base.model.named_modules()]))
         peft_config.fan_in_fan_out = bool(transposed)
         base.freeze()
         with torch.random.fork_rng(devices=[]):
@@ -195,10 +195,13 @@ def _select(base: Base, targets: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in base.linear_names if n in chosen)
 
 
-def _shortest(names: tuple[str, ...], linears: tuple[str, ...]) -> list[str]:
-    """Name endings that mean exactly `names` among `linears`; the full names where endings would mean more."""
+def _shortest(names: tuple[str, ...], modules: Sequence[str]) -> list[str]:
+    """Name endings that mean exactly `names` among all `modules`; the full names where endings would mean more.
+
+    Not among the linears alone: the ending of `ffn.0` is that of the block `h.0` too, which PEFT cannot adapt.
+    """
     endings = sorted({n.rpartition(".")[2] for n in names})
-    meant = tuple(n for n in linears if n.rpartition(".")[2] in endings)
+    meant = [n for n in modules if n.rpartition(".")[2] in endings]
     return endings if set(meant) == set(names) else list(names)
 
 

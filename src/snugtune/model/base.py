@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
-from snugtune.model import attention
+from snugtune.model import attention, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears
 from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_model, load_tokenizer
@@ -23,22 +23,16 @@ from snugtune.model.source import ModelSource
 from snugtune.types import Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
-_PROOF = f"{attention.NAME}_proof"
 
-# RoPE variants whose angles depend on the length of the whole row, not on positions alone.
-_ROW_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-# Mixers that carry a state along the row.
-_STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hybrid", "chunked_attention")
 # What MoE families call the linear that chooses experts (it is also as wide as there are experts).
 _ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed(dings?)?)$")
 _MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 _DRAWS_EXPERTS = frozenset({"phimoe"})
-_READ_PAST = frozenset({"out_proj", "dt_proj"})
-# Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
-_PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+# What Mamba's fused kernels take in at once, where they are installed; without them it would be called.
+_FUSED_IN_MAMBA = frozenset({"out_proj", "dt_proj"})
 
 
 class Base:
@@ -70,13 +64,21 @@ class Base:
         self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
         self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
         self.moe = _count_experts(model) is not None
-        self._check_causal()
-        obstacle = _packing_obstacle(model) or self._prove_packing()
+        if proofs.sees_ahead(model, self.body, self.moe):
+            kind = model.config.model_type
+            raise InputError(f"model: '{name}' ({kind}) is not a causal language model: its tokens see those after them")
+        self.read_past = proofs.read_past(model, self.linear_names)
+        obstacle = proofs.packing_obstacle(model, self.body, self.moe)
         self.packable = obstacle is None
         self.notes = notes
         if obstacle is not None:
             self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
-        self.head, self.own_head = self._check_head()
+        head = proofs.plain_head(model, self.body)
+        self.own_head = head is None
+        self.body = None if self.own_head else self.body
+        self.head = Head(None, Logits()) if head is None else Head(*head, router=self.router)
+        if self.packable:
+            model.set_attn_implementation(attention.NAME)
         if model.config.model_type in _DRAWS_EXPERTS:
             self.notes += ("it draws its experts at random in training: no two runs are alike, and resuming is not bit-exact",)
         if self.own_head:
@@ -88,11 +90,11 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        return proofs.dtype_of(self.model)
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportReturnType, reportIndexIssue]
+        return proofs.vocab_size_of(self.model)
 
     def freeze(self) -> None:
         """Make every linear a `FrozenLinear` and let no base weight train. Idempotent."""
@@ -137,7 +139,8 @@ class Base:
     def refuses(self, name: str) -> str | None:
         """Why linear `name` must not carry an adapter, or None."""
         leaf = name.rpartition(".")[2]
-        if self.model.config.model_type in _MAMBA_TYPES and leaf in _READ_PAST:
+        fused = self.model.config.model_type in _MAMBA_TYPES and leaf in _FUSED_IN_MAMBA
+        if fused or name in self.read_past:
             return "the model takes its weight as it lies, without calling it"
         if self.moe and (leaf in _EXPERT_LEAVES or ".experts." in name):
             return "PEFT would read it as the fused experts"
@@ -175,21 +178,9 @@ class Base:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states of a row, [T, D]; for a model that keeps its own head, its logits [T, V]."""
-        inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
-        if self.packable:
-            borders = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            longest = max(batch.lengths)
-            inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": borders.to(self.device), "cu_seq_lens_k": borders,
-                       "max_length_q": longest, "max_length_k": longest}  # fmt: skip
-        else:
-            assert len(batch.lengths) == 1, "an unpackable model takes one sequence per forward"
-        return self._body(**inputs)
-
-    def _body(self, **inputs: object) -> Tensor:
-        """The body's last hidden states [T, D], or the model's logits; a residual kept in fp32 goes to the head in its dtype."""
-        if self.body is None:
-            return self.model(**inputs).logits[0]
-        return self.body(**inputs).last_hidden_state[0].to(self.dtype)
+        assert self.packable or len(batch.lengths) == 1, "an unpackable model takes one sequence per forward"
+        borders = proofs.borders(batch, self.device) if self.packable else {}
+        return proofs.states(self.model, self.body, input_ids=batch.input_ids, **borders)
 
     def _perturb(self, module: nn.Module, inputs: object, embedded: Tensor) -> Tensor | None:
         """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise of +-alpha / sqrt(L D) on each sequence in training.
@@ -211,70 +202,11 @@ class Base:
 
     @property
     def max_positions(self) -> int | None:
-        """The length of the model's table of learned positions; None for models that compute them."""
-        tables = (n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding) and _POSITION_TABLE.search(n))
-        return getattr(self.model.config, "max_position_embeddings", None) if next(tables, None) else None
-
-    def _check_causal(self) -> None:
-        """Later tokens must not change earlier states. Raises `InputError`: such a model knows the answers it is to learn."""
-        ids = _probe_batch(self.vocab_size, self.device).input_ids[:, :17]
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            whole, part = (self._body(input_ids=ids[:, :n], use_cache=False)[:9] for n in (17, 9))
-        self.model.train(training)
-        if _relative(part, whole, per_token=self.moe) > _PROOF_TOLERANCE[self.dtype]:
-            kind = self.model.config.model_type
-            raise InputError(f"model: '{self.name}' ({kind}) is not a causal language model: its tokens see those after them")
-
-    def _prove_packing(self) -> str | None:
-        """Two short sequences in one row against each alone with the model's own attention. None when they agree."""
-        self.packable = True
-        windows: set[int | None] = set()
-        AttentionInterface.register(_PROOF, attention.watching(windows))
-        batch = _probe_batch(self.vocab_size, self.device)
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            alone = [self._body(input_ids=ids, use_cache=False) for ids in batch.input_ids.split(batch.lengths, dim=1)]
-            try:
-                self.model.set_attn_implementation(_PROOF)
-                packed = self.hidden(batch)
-                self.model.set_attn_implementation(attention.NAME)
-            except Exception as error:  # a model that breaks on packed rows is not packable, whatever the way it breaks
-                self.model.set_attn_implementation(self.native_attention)
-                return (str(error).splitlines() or [type(error).__name__])[0]
-            finally:
-                self.model.train(training)
-        error = _relative(packed, torch.cat(alone), per_token=self.moe)
-        if error > _PROOF_TOLERANCE[self.dtype]:
-            obstacle = f"packed and separate differ by {error:.1e}"
-        elif _slides(self.model) and windows == {None}:
-            obstacle = "it does not tell its attention of its sliding window"
-        else:
-            return None
-        self.model.set_attn_implementation(self.native_attention)
-        return obstacle
-
-    def _check_head(self) -> tuple[Head, bool]:
-        """The chunked head if it reproduces the model's own logits, else the model's own."""
-        project = self.model.get_output_embeddings()
-        config = self.model.config
-        cap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        head = Head(project, Logits(scale=scale, softcap=cap), router=self.router)
-        batch = _probe_batch(self.vocab_size, self.device)
-        ids = batch.input_ids[:, : batch.lengths[0]]
-        with torch.no_grad(), self.answering(None):
-            own = self.model(input_ids=ids, use_cache=False).logits[0]
-            try:
-                ours = head.logits(self._body(input_ids=ids, use_cache=False)) if self.body is not None and project else None
-            except RuntimeError:  # its projection does not even fit the hidden states: the head is something else
-                ours = None
-        if ours is not None and ours.shape == own.shape and _relative(ours, own) <= _PROOF_TOLERANCE[self.dtype]:
-            return head, False
-        self.body = None
-        return Head(None, Logits()), True
+        """The length of the model's table of positions (learned, or sines made once); None for models that compute them."""
+        learned = (n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding))
+        tables = (*learned, *(n for n, _ in self.model.named_buffers()))
+        has_table = any(_POSITION_TABLE.search(n) for n in tables)
+        return getattr(self.model.config, "max_position_embeddings", None) if has_table else None
 
 
 def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) -> Base:
@@ -295,56 +227,9 @@ def _find_body(model: PreTrainedModel) -> PreTrainedModel | None:
     return next((m for m in inner if m.get_output_embeddings() is None), None)
 
 
-def _packing_obstacle(model: PreTrainedModel) -> str | None:
-    """Why sequences must not share a row, as far as the config tells; leaks that show only at length are found here."""
-    config = model.config
-    if getattr(model, "_is_stateful", False):
-        return "it carries a state along the row"
-    kinds = [str(k) for k in getattr(config, "layer_types", None) or ()]
-    stateful = [k for k in kinds if any(word in k for word in _STATEFUL_LAYERS)]
-    if stateful:
-        return f"it has {stateful[0]} layers"
-    if getattr(config, "alibi", False):
-        return "ALiBi positions"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
-        if part.get("rope_type") in _ROW_DEPENDENT_ROPE:
-            return f"{part['rope_type']} RoPE depends on the row's length"
-    if not model._supports_attention_backend:
-        return "its attention is not replaceable"
-    return None
-
-
-def _slides(model: PreTrainedModel) -> bool:
-    """Whether the config asks for a sliding window in any layer."""
-    config = model.config
-    kinds = getattr(config, "layer_types", None)
-    declared = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return bool(declared) and (kinds is None or "sliding_attention" in kinds)
-
-
 def _count_experts(model: PreTrainedModel) -> int | None:
     counts = (getattr(model.config, k, None) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
     return next((c for c in counts if isinstance(c, int) and c > 1), None)
-
-
-def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
-    """Two short sequences of arbitrary tokens, the second longer, so that a leak of either kind shows."""
-    lengths = (11, 17)
-    ids = (torch.arange(sum(lengths)) * 7919 + 13) % min(vocab_size, 1000)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    return Batch(ids[None].to(device), positions[None].to(device), lengths, ())
-
-
-def _relative(ours: Tensor, truth: Tensor, per_token: bool = False) -> float:
-    """||ours - truth|| / ||truth|| in fp32 or better; infinite when not finite.
-
-    `per_token`: the median over tokens. In low precision rounding sends a few tokens of an MoE to other experts.
-    """
-    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (ours, truth))
-    dim = -1 if per_token else None
-    error = float(((a - b).norm(dim=dim) / b.norm(dim=dim).clamp_min(1e-30)).median())
-    return error if error == error else float("inf")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -18,6 +18,9 @@ from snugtune.types import Width
 
 DTYPES: dict[Width, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# Named like noise of training, but part of the model: how far behind the best an expert may score and still be chosen.
+_NO_NOISE = frozenset({("phimoe", "router_jitter_noise")})
+
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
@@ -87,8 +90,8 @@ def load_model(
 
 def _silence_dropouts(config: Any) -> list[str]:
     """Set the base's own dropouts to 0: they draw from the global generator, which would tie jobs to one another."""
-    values = config.to_dict().items()
-    alive = {k: v for k, v in values if ("drop" in k or "jitter" in k) and isinstance(v, float) and v > 0}
+    named = {k: v for k, v in config.to_dict().items() if "drop" in k or "jitter" in k}
+    alive = [k for k, v in named.items() if isinstance(v, float) and v > 0 and (config.model_type, k) not in _NO_NOISE]
     for name in alive:
         setattr(config, name, 0.0)
     return [f"the base's own dropouts are off ({', '.join(sorted(alive))})"] if alive else []
