@@ -116,6 +116,18 @@ def export(
     console.say(f"written: {written}")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for scripts")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="leave out how fast matrix products are")] = False,
+) -> None:
+    """Show what is installed, what this machine has, which number formats run on it and how fast."""
+    console = _console()
+    from snugtune.doctor import run_doctor
+
+    run_doctor(console, as_json, quick)
+
+
 @data_app.command("show")
 def data_show(
     config: ConfigPath,

@@ -46,6 +46,11 @@ class Console:
     def say(self, text: str = "", style: str = "") -> None:
         self.out.print(Text(text, style=style), soft_wrap=True)
 
+    def raw(self, text: str) -> None:
+        """Text for pipes, and pieces of an answer as they come: no colour, no wrapping, no line end of its own."""
+        self.out.file.write(text)
+        self.out.file.flush()
+
     def error(self, text: str) -> None:
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
