@@ -82,6 +82,7 @@ def chat(
     run: Annotated[Path, typer.Argument(help="a run folder, or a PEFT adapter folder")],
     adapter: Adapter = None,
     prompt: Annotated[str | None, typer.Option(help="answer this once and leave")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="ask the untuned base too, and show both answers")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="draw from the likeliest tokens up to this probability")] = 1.0,
@@ -92,11 +93,13 @@ def chat(
     console = _console()
     from snugtune.chat import answer_once, converse
     from snugtune.model.generate import Sampling
-    from snugtune.tuned import load
+    from snugtune.tuned import load, load_untuned
 
-    tuned = load(run, adapter, console.note, trust_remote_code)
+    models = {"tuned": load(run, adapter, console.note, trust_remote_code)}
+    if compare:
+        models = {"base": load_untuned(models["tuned"], run, adapter, console.note, trust_remote_code)} | models
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    answer_once(tuned, prompt, sampling) if prompt is not None else converse(tuned, sampling, console)
+    converse(models, sampling, console) if prompt is None else answer_once(models, prompt, sampling, console)
 
 
 @app.command()

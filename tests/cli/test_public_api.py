@@ -98,6 +98,7 @@ COMMANDS = {
     "train": ["--help", "--set", "config"],
     "chat": [
         "--adapter",
+        "--compare",
         "--help",
         "--max-new-tokens",
         "--prompt",
