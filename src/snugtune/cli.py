@@ -1,5 +1,6 @@
 """The `snugtune` command: thin, no logic. Everything heavy is imported by the command that needs it."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,26 @@ def demo(output: Annotated[Path, typer.Option(help="folder of the run's results"
     from snugtune.demo import run_demo
 
     run_demo(output, console)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the config to write")] = Path("config.yaml"),
+    model: Annotated[str | None, typer.Option(help="hub id, local folder, .gguf file, or 'demo'")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="file, folder, or dataset's id on the hub; repeatable")] = None,
+    objective: Annotated[str | None, typer.Option(help="what to learn: sft (answers) or clm (plain text)")] = None,
+    method: Annotated[str | None, typer.Option(help="how: lora, freeze or full")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the data")] = None,
+    output: Annotated[str | None, typer.Option(help="folder of the run's results")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing; defaults for what is not given")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace a file that is there")] = False,
+) -> None:
+    """Write a config with every field explained, by asking (in a terminal) or from these options."""
+    console = _console()
+    from snugtune.init import write_config
+
+    fields = {"model": model, "data": data or None, "objective": objective, "method": method, "epochs": epochs, "output": output}
+    write_config(path, fields, console.ask if sys.stdin.isatty() and not yes else None, force, console)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.progress import track as rich_track
 from rich.table import Table
 from rich.text import Text
 
+from snugtune.errors import InputError
 from snugtune.run import RunResult
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
@@ -53,6 +54,15 @@ class Console:
 
     def error(self, text: str) -> None:
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+    def ask(self, question: str, default: str = "") -> str:
+        """Ask a person, on stderr; an empty answer is the default. Raises `InputError` where the input has ended."""
+        self.err.print(Text.assemble(f"{question} ", (f"[{default}] " if default else "", "dim")), end="", soft_wrap=True)
+        try:
+            return input().strip() or default
+        except EOFError as error:
+            self.err.print()
+            raise InputError("the input ended before everything was answered; nothing is written") from error
 
     def track(self, items: Sequence[Any], what: str) -> Iterable[Any]:
         if not self.err.is_terminal or len(items) < 200:

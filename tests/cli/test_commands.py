@@ -558,3 +558,23 @@ def test_help_is_quick(args: list[str], tmp_path: Path) -> None:
 def test_help_names_every_command() -> None:
     out = here("--help").out
     assert all(name in out for name in ("demo", "train", "chat", "export", "data", "--version"))
+
+
+# --- init -------------------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_what_train_takes(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All flags; in a pipe nothing is asked."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "talk.jsonl", [TALK])
+    flags = ("--model", model_folder, "--method", "freeze", "--objective", "sft", "--epochs", "2", "--output", "here")
+    ran = here("init", "mine.yaml", *flags, "--data", "talk.jsonl", "--data", "talk.jsonl", stdin="")
+    assert (ran.code, ran.err) == (0, "")
+    assert "snugtune train mine.yaml" in ran.out
+    trained = here("train", "mine.yaml", "--set", "method.last_blocks=1")
+    assert trained.code == 0, trained.err
+    assert [line["step"] for line in metrics_of(tmp_path / "here")] == [1]
+    assert (tmp_path / "here/models/default/model.safetensors").is_file()
+    assert_refused(here("init", "mine.yaml", *flags, "--data", "talk.jsonl", "--yes"), "mine.yaml", "--force")
+    assert here("init", "mine.yaml", "--data", "talk.jsonl", "--yes", "--force").code == 0
+    assert_refused(here("init", stdin=""), "data", "--data")

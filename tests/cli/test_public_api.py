@@ -95,6 +95,7 @@ jobs: []
 COMMANDS = {
     "": ["--help", "--version"],
     "demo": ["--help", "--output"],
+    "init": ["--data", "--epochs", "--force", "--help", "--method", "--model", "--objective", "--output", "--yes", "-y", "path"],
     "train": ["--help", "--set", "config"],
     "chat": [
         "--adapter",
