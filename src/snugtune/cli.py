@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from snugtune import __version__
+from snugtune import __version__, complete
 from snugtune.errors import Interrupted, SnugtuneError
 
 
@@ -32,7 +32,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at training data as the 
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML config")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=VALUE", help="override a config field; repeatable")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=VALUE", help="override a config field; repeatable", autocompletion=complete.overrides),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run code that comes with the model; only for sources you trust")
 ]
@@ -73,8 +76,11 @@ def init(
     path: Annotated[Path, typer.Argument(help="the config to write")] = Path("config.yaml"),
     model: Annotated[str | None, typer.Option(help="hub id, local folder, .gguf file, or 'demo'")] = None,
     data: Annotated[list[str] | None, typer.Option(help="file, folder, or dataset's id on the hub; repeatable")] = None,
-    objective: Annotated[str | None, typer.Option(help="what to learn: sft (answers) or clm (plain text)")] = None,
-    method: Annotated[str | None, typer.Option(help="how: lora, freeze or full")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="what to learn: sft (answers) or clm (plain text)", autocompletion=complete.objectives),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="how: lora, freeze or full", autocompletion=complete.methods)] = None,
     epochs: Annotated[float | None, typer.Option(help="passes over the data")] = None,
     output: Annotated[str | None, typer.Option(help="folder of the run's results")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing; defaults for what is not given")] = False,
@@ -126,10 +132,15 @@ def chat(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder, or a PEFT adapter folder")],
-    to: Annotated[str, typer.Option(help="merged: a transformers model folder with the adapter worked in")],
+    to: Annotated[
+        str,
+        typer.Option(help="merged: a transformers model folder with the adapter worked in", autocompletion=complete.forms),
+    ],
     output: Annotated[Path | None, typer.Option(help="folder to write (default: RUN/merged)")] = None,
     adapter: Adapter = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: the base's own)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16 (default: the base's own)", autocompletion=complete.widths)
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write what a run trained in another form."""

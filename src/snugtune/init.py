@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import yaml
 
+from snugtune.complete import SCHEMA
 from snugtune.config import RunConfig, to_config
 from snugtune.console import Console
 from snugtune.data.sources import SourceConfig
@@ -15,7 +16,6 @@ from snugtune.errors import InputError
 from snugtune.files import make_folder, write_whole
 from snugtune.schema import Config
 
-SCHEMA = "config.schema.json"
 WIDTH = 118
 FIRST = ("model", "data", "output", "objective", "method")
 """The fields that stand first in a written config."""

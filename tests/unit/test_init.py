@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console as RichConsole
 
 from snugtune import init
+from snugtune.complete import SCHEMA
 from snugtune.config import RunConfig, read_config, to_config
 from snugtune.console import Console
 from snugtune.errors import InputError
@@ -129,7 +130,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
 
 
 def test_editors_find_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    schema = tmp_path / "a folder" / init.SCHEMA
+    schema = tmp_path / "a folder" / SCHEMA
     monkeypatch.setattr(init, "files", lambda package: schema.parent)
     assert "yaml-language-server" not in written(tmp_path, SHORT)
     schema.parent.mkdir()
