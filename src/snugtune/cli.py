@@ -1,12 +1,13 @@
 """The `snugtune` command: thin, no logic. Everything heavy is imported by the command that needs it."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from snugtune import __version__
+from snugtune import __version__, complete
 from snugtune.errors import Interrupted, SnugtuneError
 
 
@@ -31,7 +32,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at training data as the 
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML config")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=VALUE", help="override a config field; repeatable")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=VALUE", help="override a config field; repeatable", autocompletion=complete.overrides),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run code that comes with the model; only for sources you trust")
 ]
@@ -68,6 +72,29 @@ def demo(output: Annotated[Path, typer.Option(help="folder of the run's results"
 
 
 @app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the config to write")] = Path("config.yaml"),
+    model: Annotated[str | None, typer.Option(help="hub id, local folder, .gguf file, or 'demo'")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="file, folder, or dataset's id on the hub; repeatable")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="what to learn: sft (answers) or clm (plain text)", autocompletion=complete.objectives),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="how: lora, freeze or full", autocompletion=complete.methods)] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the data")] = None,
+    output: Annotated[str | None, typer.Option(help="folder of the run's results")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing; defaults for what is not given")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace a file that is there")] = False,
+) -> None:
+    """Write a config with every field explained, by asking (in a terminal) or from these options."""
+    console = _console()
+    from snugtune.init import write_config
+
+    fields = {"model": model, "data": data or None, "objective": objective, "method": method, "epochs": epochs, "output": output}
+    write_config(path, fields, console.ask if sys.stdin.isatty() and not yes else None, force, console)
+
+
+@app.command()
 def train(config: ConfigPath, set_: Overrides = None) -> None:
     """Train as CONFIG says. The same command goes on with an interrupted run."""
     console = _console()
@@ -82,6 +109,7 @@ def chat(
     run: Annotated[Path, typer.Argument(help="a run folder, or a PEFT adapter folder")],
     adapter: Adapter = None,
     prompt: Annotated[str | None, typer.Option(help="answer this once and leave")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="ask the untuned base too, and show both answers")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="draw from the likeliest tokens up to this probability")] = 1.0,
@@ -92,20 +120,27 @@ def chat(
     console = _console()
     from snugtune.chat import answer_once, converse
     from snugtune.model.generate import Sampling
-    from snugtune.tuned import load
+    from snugtune.tuned import load, load_untuned
 
-    tuned = load(run, adapter, console.note, trust_remote_code)
+    models = {"tuned": load(run, adapter, console.note, trust_remote_code)}
+    if compare:
+        models = {"base": load_untuned(models["tuned"], run, adapter, console.note, trust_remote_code)} | models
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    answer_once(tuned, prompt, sampling) if prompt is not None else converse(tuned, sampling, console)
+    converse(models, sampling, console) if prompt is None else answer_once(models, prompt, sampling, console)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder, or a PEFT adapter folder")],
-    to: Annotated[str, typer.Option(help="merged: a transformers model folder with the adapter worked in")],
+    to: Annotated[
+        str,
+        typer.Option(help="merged: a transformers model folder with the adapter worked in", autocompletion=complete.forms),
+    ],
     output: Annotated[Path | None, typer.Option(help="folder to write (default: RUN/merged)")] = None,
     adapter: Adapter = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: the base's own)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16 (default: the base's own)", autocompletion=complete.widths)
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write what a run trained in another form."""
@@ -114,6 +149,18 @@ def export(
 
     written = write(run, to, output, adapter, dtype, console.note, trust_remote_code)
     console.say(f"written: {written}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for scripts")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="leave out how fast matrix products are")] = False,
+) -> None:
+    """Show what is installed, what this machine has, which number formats run on it and how fast."""
+    console = _console()
+    from snugtune.doctor import run_doctor
+
+    run_doctor(console, as_json, quick)
 
 
 @data_app.command("show")

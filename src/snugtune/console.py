@@ -2,31 +2,47 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from snugtune.errors import InputError
 from snugtune.run import RunResult
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: a line at least this often, and at each evaluation."""
+UNBOUNDED = 10_000
+"""Columns of what is no terminal: nothing is wrapped or cut there."""
+LONGEST_NAME, WIDEST_BAR, NARROWEST_BAR = 24, 28, 8
+FACTS = (0, 11, 24, 35)
+"""Columns that the first so many facts of a step take: loss, speed, memory."""
 
 
 def quiet_libraries() -> None:
-    """Let transformers and its kin speak only of errors; what matters of their warnings we say ourselves."""
+    """Let transformers and its kin speak only of errors; what matters of their warnings we say ourselves.
+
+    Downloads keep their bars in a terminal, and elsewhere have none.
+    """
+    import os
+    import sys
     import warnings
 
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="(transformers|torch|peft)")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, by who needs it
+    warnings.filterwarnings("ignore", module="(transformers|torch|peft|datasets|huggingface_hub|tokenizers|accelerate)")
 
 
 class Console:
@@ -35,7 +51,10 @@ class Console:
     def __init__(self) -> None:
         self.out = RichConsole(highlight=False)
         self.err = RichConsole(stderr=True, highlight=False)
+        if not self.out.is_terminal:
+            self.out.width = UNBOUNDED
         self._progress: Progress | None = None
+        self._layout = Layout(0, False, 0)
         self._tasks: dict[str, TaskID] = {}
         self._lines: dict[str, float] = {}  # when each job last had a plain line
         self._began: dict[str, tuple[float, int]] = {}  # when each job began here, and after which step
@@ -46,8 +65,22 @@ class Console:
     def say(self, text: str = "", style: str = "") -> None:
         self.out.print(Text(text, style=style), soft_wrap=True)
 
+    def raw(self, text: str) -> None:
+        """Text for pipes, and pieces of an answer as they come: no colour, no wrapping, no line end of its own."""
+        self.out.file.write(text)
+        self.out.file.flush()
+
     def error(self, text: str) -> None:
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+    def ask(self, question: str, default: str = "") -> str:
+        """Ask a person, on stderr; an empty answer is the default. Raises `InputError` where the input has ended."""
+        self.err.print(Text.assemble(f"{question} ", (f"[{default}] " if default else "", "dim")), end="", soft_wrap=True)
+        try:
+            return input().strip() or default
+        except EOFError as error:
+            self.err.print()
+            raise InputError("the input ended before everything was answered; nothing is written") from error
 
     def track(self, items: Sequence[Any], what: str) -> Iterable[Any]:
         if not self.err.is_terminal or len(items) < 200:
@@ -58,30 +91,39 @@ class Console:
         self._began = {job.name: (time.monotonic(), job.step) for job in jobs}
         if not self.err.is_terminal:
             return
-        self._progress = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=28),
+        names = {job.name: shortened(job.name, max(8, min(LONGEST_NAME, self.err.width // 5))) for job in jobs}
+        count = max(2 * len(str(job.total)) + 1 for job in jobs)
+        self._layout = arranged(self.err.width, max(map(len, names.values())), count)
+        columns = [
+            TextColumn("  {task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=self._layout.bar),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
+            *([TimeElapsedColumn()] if self._layout.elapsed else []),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            console=self.err,
-        )
+        ]
+        self._progress = Progress(*columns, console=self.err)
         for job in jobs:
-            self._tasks[job.name] = self._progress.add_task(job.name, total=job.total, completed=job.step, facts="")
+            self._tasks[job.name] = self._progress.add_task(names[job.name], total=job.total, completed=job.step, facts="")
         self._progress.start()
 
     def step(self, metrics: StepMetrics) -> None:
-        facts = step_facts(metrics)
         if metrics.eval_loss is not None:
             self.note(f"{metrics.job}: step {metrics.step}/{metrics.total_steps}  held-out loss {metrics.eval_loss:.4f}")
         if metrics.skipped:
             self.note(f"{metrics.job}: step {metrics.step} skipped, its gradient was not finite")
         if self._progress is not None:
-            self._progress.update(self._tasks[metrics.job], completed=metrics.step, facts=facts)
+            crowded = len(self._tasks) > self.err.height - 2  # then those that are done make room
+            self._progress.update(
+                self._tasks[metrics.job],
+                completed=metrics.step,
+                facts=step_facts(metrics, self._layout.facts),
+                visible=not crowded or metrics.step < metrics.total_steps,
+            )
         elif metrics.loss is not None and self._line_due(metrics):
-            self.note(f"{metrics.job}: step {metrics.step}/{metrics.total_steps}  {facts}  eta {self._left(metrics):.0f} s")
+            told = f"{step_facts(metrics)}  eta {self._left(metrics):.0f} s"
+            self.note(f"{metrics.job}: step {metrics.step}/{metrics.total_steps}  {told}")
 
     def _line_due(self, metrics: StepMetrics) -> bool:
         """Whether a job's last plain line is old enough, or this is its last step."""
@@ -103,7 +145,8 @@ class Console:
     def results(self, result: RunResult) -> None:
         """A table of the jobs and where everything lies."""
         table = Table(box=None, pad_edge=False)
-        for column in ("job", "steps", "loss", "held-out loss"):
+        table.add_column("job", overflow="fold")
+        for column in ("steps", "loss", "held-out loss"):
             table.add_column(column)
         for job in result.artefacts:
             lines = [m for m in result.metrics if m["job"] == job]
@@ -118,11 +161,39 @@ class Console:
             self.say(str(folder))
 
 
-def step_facts(metrics: StepMetrics) -> str:
-    """Loss, speed and memory of a step, in one line."""
+@dataclass(frozen=True)
+class Layout:
+    """What a line of the live display has room for: how many facts, the time since the start, and a bar of so many columns."""
+
+    facts: int
+    elapsed: bool
+    bar: int
+
+
+def arranged(width: int, name: int, count: int) -> Layout:
+    """As much as fits in `width` columns next to a name and a count of given widths; the bar gives way first."""
+    fixed = 2 + name + 1 + 1 + count + len(" eta ") + len("0:00:00")
+    for facts, elapsed in ((3, True), (3, False), (2, False), (1, False), (0, False)):
+        bar = width - fixed - FACTS[facts] - (facts > 0) - (len(" 0:00:00") if elapsed else 0) - 1
+        if bar >= NARROWEST_BAR:
+            return Layout(facts, elapsed, min(bar, WIDEST_BAR))
+    return Layout(0, False, NARROWEST_BAR)
+
+
+def shortened(name: str, width: int) -> str:
+    """A name with its middle left out where it is too long: names that go together often differ at their ends."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
+def step_facts(metrics: StepMetrics, count: int = 3) -> str:
+    """Loss, speed and memory of a step, or the first `count` of these, in one line."""
     if metrics.loss is None:
         return ""
-    return f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:.0f} tok/s  {gib(metrics.peak_memory)}"
+    facts = (f"loss {metrics.loss:.4f}", f"{metrics.tokens_per_second:.0f} tok/s", gib(metrics.peak_memory))
+    return "  ".join(facts[:count])
 
 
 def arrow(values: Sequence[float]) -> str:

@@ -85,11 +85,12 @@ class RunFolder:
 class Located:
     """What a run or adapter folder refers to: a model, and the adapter on it (None: the model itself was tuned).
 
-    `remote_code`: the run was trained with code that came with its model.
+    `origin`: the model that was tuned; `remote_code`: the run was trained with code that came with it.
     """
 
     model: str
     adapter: Path | None
+    origin: str
     remote_code: bool = False
 
     def check_trust(self, trust_remote_code: bool) -> None:
@@ -104,7 +105,7 @@ def locate(path: Path, adapter: str | None = None) -> Located:
         name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
         if not name:
             raise InputError(f"{path / CONFIG_FILE}: names no base model")
-        return Located(name, path)
+        return Located(name, path, name)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} is neither a run folder (no config.yaml) nor an adapter folder (no {CONFIG_FILE})")
     config, folder = read_config(path / "config.yaml"), RunFolder(path)
@@ -118,5 +119,5 @@ def locate(path: Path, adapter: str | None = None) -> Located:
     if not artefact.is_dir():
         raise InputError(f"{path}: job '{name}' is not finished; the same 'snugtune train' command goes on with it")
     if METHODS[type(jobs[name].method)].routable:
-        return Located(config.model, artefact, config.trust_remote_code)
-    return Located(str(artefact), None, config.trust_remote_code)
+        return Located(config.model, artefact, config.model, config.trust_remote_code)
+    return Located(str(artefact), None, config.model, config.trust_remote_code)

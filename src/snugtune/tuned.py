@@ -58,3 +58,14 @@ def load(path: Path, adapter: str | None = None, say: Say = mute, trust_remote_c
         if not is_stamped(found.adapter):
             say(UNSTAMPED)
     return Tuned(base, job, Renderer(base.tokenizer))
+
+
+def load_untuned(tuned: Tuned, path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False) -> Tuned:
+    """What `tuned` (loaded from `path`) was before: the same weights without the adapter, else the original base beside it."""
+    if tuned.job is not None:
+        return replace(tuned, job=None)
+    found = locate(path, adapter)
+    found.check_trust(trust_remote_code)
+    say(f"model: two in memory, the tuned one and '{found.origin}'")
+    base = load_base(find_model(found.origin, say), plan_for_answers(), trust_remote_code)
+    return Tuned(base, None, Renderer(base.tokenizer))

@@ -343,6 +343,11 @@ def test_the_whole_model_can_be_trained(tmp_path: Path, model_folder: Path, monk
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files_below(folder)
     assert answer(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), "Say it") == "first"
     assert here("chat", "run", "--prompt", "Say it").out == "first\n"
+    compared = here("chat", "run", "--compare", "--prompt", "Say it", "--max-new-tokens", "8")
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    before = answer(base, AutoTokenizer.from_pretrained(model_folder), "Say it", new_tokens=8)
+    assert compared.out == f"base:\n{before}\n\ntuned:\nfirst\n", compared.err
+    assert f"two in memory, the tuned one and '{model_folder}'" in compared.err
     exported = here("export", "run", "--to", "merged")
     assert exported.code == 2
     assert exported.err.startswith("error: run tuned the whole model; run/models/default is a model folder already")
@@ -387,6 +392,18 @@ def test_chat_keeps_the_conversation(trained: Trained) -> None:
 def test_chat_ends_with_its_input(trained: Trained) -> None:
     ran = here("chat", trained.run, stdin="Say it\nSay it")
     assert (ran.code, ran.out) == (0, "first\nsecond\n"), ran.err
+
+
+def test_chat_compares_with_the_base(trained: Trained, model_folder: Path) -> None:
+    """What the untuned model says by transformers' own generation, and what the tuned one says; from one loaded base."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    before = answer(base, AutoTokenizer.from_pretrained(model_folder), "Say it", new_tokens=8)
+    ran = here("chat", trained.run, "--compare", "--prompt", "Say it", "--max-new-tokens", "8")
+    assert (ran.code, ran.out) == (0, f"base:\n{before}\n\ntuned:\nfirst\n"), ran.err
+    assert "two in memory" not in ran.err
+    again = here("chat", trained.run, "--compare", "--max-new-tokens", "8", stdin="Say it\nSay it\n")
+    assert again.out.startswith(ran.out), "a conversation begins as a single question does"
+    assert again.out.endswith("tuned:\nsecond\n"), "each side remembers its own answers"
 
 
 def test_chat_takes_an_adapter_folder(trained: Trained, tmp_path: Path) -> None:
@@ -437,12 +454,12 @@ def test_chat_draws_as_asked(trained: Trained) -> None:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def answer(model: Any, tokenizer: Any, question: str) -> str:
+def answer(model: Any, tokenizer: Any, question: str, new_tokens: int = 20) -> str:
     """Plain transformers, with what its folders say about templates and stop tokens."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    out = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    out = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)
     return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -542,3 +559,23 @@ def test_help_is_quick(args: list[str], tmp_path: Path) -> None:
 def test_help_names_every_command() -> None:
     out = here("--help").out
     assert all(name in out for name in ("demo", "train", "chat", "export", "data", "--version"))
+
+
+# --- init -------------------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_what_train_takes(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All flags; in a pipe nothing is asked."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "talk.jsonl", [TALK])
+    flags = ("--model", model_folder, "--method", "freeze", "--objective", "sft", "--epochs", "2", "--output", "here")
+    ran = here("init", "mine.yaml", *flags, "--data", "talk.jsonl", "--data", "talk.jsonl", stdin="")
+    assert (ran.code, ran.err) == (0, "")
+    assert "snugtune train mine.yaml" in ran.out
+    trained = here("train", "mine.yaml", "--set", "method.last_blocks=1")
+    assert trained.code == 0, trained.err
+    assert [line["step"] for line in metrics_of(tmp_path / "here")] == [1]
+    assert (tmp_path / "here/models/default/model.safetensors").is_file()
+    assert_refused(here("init", "mine.yaml", *flags, "--data", "talk.jsonl", "--yes"), "mine.yaml", "--force")
+    assert here("init", "mine.yaml", "--data", "talk.jsonl", "--yes", "--force").code == 0
+    assert_refused(here("init", stdin=""), "data", "--data")

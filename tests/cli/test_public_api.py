@@ -112,9 +112,11 @@ jobs: []
 COMMANDS = {
     "": ["--help", "--version"],
     "demo": ["--help", "--output"],
+    "init": ["--data", "--epochs", "--force", "--help", "--method", "--model", "--objective", "--output", "--yes", "-y", "path"],
     "train": ["--help", "--set", "config"],
     "chat": [
         "--adapter",
+        "--compare",
         "--help",
         "--max-new-tokens",
         "--prompt",
@@ -125,6 +127,7 @@ COMMANDS = {
         "run",
     ],
     "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
+    "doctor": ["--help", "--json", "--quick"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""

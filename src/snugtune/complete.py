@@ -1,0 +1,86 @@
+"""What the shell offers on Tab. It must answer at once: nothing heavy is imported, fields come from the shipped JSON schema."""
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+SCHEMA = "config.schema.json"
+FORMS = {"merged": "a transformers model folder with the adapter worked in"}
+WIDTHS = ("fp32", "bf16", "fp16")
+METHODS = ("lora", "freeze", "full")
+OBJECTIVES = ("sft", "clm")
+
+Offers = list[tuple[str, str]]
+"""What completes the word, and what it means."""
+
+
+def forms(incomplete: str) -> Offers:
+    return [(name, what) for name, what in FORMS.items() if name.startswith(incomplete)]
+
+
+def widths(incomplete: str) -> list[str]:
+    return _starting(WIDTHS, incomplete)
+
+
+def methods(incomplete: str) -> list[str]:
+    return _starting(METHODS, incomplete)
+
+
+def objectives(incomplete: str) -> list[str]:
+    return _starting(OBJECTIVES, incomplete)
+
+
+def _starting(words: tuple[str, ...], incomplete: str) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def overrides(incomplete: str) -> Offers:
+    """For `--set`: fields of the config as far as they are typed, then the values that a field can have."""
+    source = files("snugtune").joinpath(SCHEMA)
+    return fields(json.loads(source.read_text(encoding="utf-8")), incomplete) if source.is_file() else []
+
+
+def fields(schema: dict[str, Any], incomplete: str) -> Offers:
+    """`a.b` -> `a.beta=`; groups end in a dot; `a.beta=t` -> `a.beta=true`."""
+    path, equals, begun = incomplete.partition("=")
+    *parents, leaf = path.split(".")
+    places = [schema]
+    for name in [*parents, leaf] if equals else parents:
+        places = [p for place in places for found, p in _properties(schema, place) if found == name]
+    if equals:
+        values = dict.fromkeys(v for place in places for v in _values(schema, place))
+        return [(f"{path}={v}", "") for v in values if v.startswith(begun)]
+    before = "".join(f"{p}." for p in parents)
+    offers: dict[str, str] = {}
+    for place in places:
+        for name, inner in _properties(schema, place):
+            if name.startswith(leaf):
+                ending = "." if any(_properties(schema, inner)) else "="
+                offers.setdefault(f"{before}{name}{ending}", inner.get("description", ""))
+    return list(offers.items())
+
+
+def _branches(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A place in the schema with what it refers to and all its alternatives."""
+    yield place
+    if "$ref" in place:
+        yield from _branches(schema, schema["$defs"][place["$ref"].rpartition("/")[2]])
+    for kind in ("anyOf", "oneOf", "allOf"):
+        for branch in place.get(kind, ()):
+            yield from _branches(schema, branch)
+
+
+def _properties(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for branch in _branches(schema, place):
+        yield from branch.get("properties", {}).items()
+
+
+def _values(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[str]:
+    """The values that a field may have, where they can be listed; of a group, its types."""
+    for branch in _branches(schema, place):
+        yield from (str(v) for v in branch.get("enum", ()))
+        yield from (str(branch[key]) for key in ("const",) if key in branch)
+        yield from {"boolean": ("true", "false"), "null": ("null",)}.get(str(branch.get("type")), ())
+        if "type" in branch.get("properties", {}):
+            yield from _values(schema, branch["properties"]["type"])

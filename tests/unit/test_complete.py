@@ -1,0 +1,85 @@
+"""Shell completion: the script, what is offered, and that it answers without loading torch."""
+
+import os
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from snugtune import complete
+from snugtune.config import RunConfig
+from snugtune.export import EXPORTS
+from snugtune.methods import METHODS
+from snugtune.model.load import DTYPES
+from snugtune.objectives import OBJECTIVES
+
+SCHEMA = RunConfig.model_json_schema()
+
+
+def offered(incomplete: str) -> list[str]:
+    return [value for value, _ in complete.fields(SCHEMA, incomplete)]
+
+
+def tab(*words: str) -> list[str]:
+    """What bash is told at the end of a line, in a process that may not load torch."""
+    script = "import sys; sys.modules['torch'] = None; from snugtune.cli import main; main()"
+    environ = {"_SNUGTUNE_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(["snugtune", *words]), "COMP_CWORD": str(len(words))}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environ, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_offers_are_what_there_is() -> None:
+    """Lists that are written out, so that nothing heavy is loaded for them, follow what they list."""
+    assert set(complete.FORMS) == set(EXPORTS)
+    assert set(complete.WIDTHS) == set(DTYPES)
+    assert set(complete.METHODS) == {kind.model_fields["type"].default for kind in METHODS}
+    assert set(complete.OBJECTIVES) == {kind.model_fields["type"].default for kind in OBJECTIVES}
+
+
+@pytest.mark.parametrize(
+    ("incomplete", "offers"),
+    [
+        ("opt", ["optimizer."]),
+        ("optimizer.l", ["optimizer.lr="]),
+        ("batch", ["batch_size="]),
+        ("method.last", ["method.last_blocks="]),  # of another type than the default
+        ("plan.recompute=", ["plan.recompute=auto", "plan.recompute=none", "plan.recompute=blocks"]),
+        ("plan.recompute=b", ["plan.recompute=blocks"]),
+        ("schedule.type=co", ["schedule.type=constant", "schedule.type=cosine"]),
+        ("schedule=co", ["schedule=constant", "schedule=cosine"]),
+        ("trust_remote_code=", ["trust_remote_code=true", "trust_remote_code=false"]),
+        ("seed=", []),
+        ("none.such", []),
+        ("seed.x", []),
+    ],
+)
+def test_config_fields(incomplete: str, offers: list[str]) -> None:
+    assert offered(incomplete) == offers
+
+
+def test_every_field_is_offered() -> None:
+    assert {value.rstrip(".=") for value in offered("")} == set(RunConfig.model_fields)
+    methods = {name for kind in get_args(RunConfig.model_fields["method"].annotation) for name in kind.model_fields}
+    assert {value.removeprefix("method.").rstrip("=") for value in offered("method.")} == methods
+    help_of = dict(complete.fields(SCHEMA, "epo"))
+    assert help_of["epochs="] == RunConfig.model_fields["epochs"].description
+
+
+def test_the_shell_gets_answers_at_once() -> None:
+    """Commands, options and their values, through Typer's own machinery, while torch cannot be imported at all."""
+    assert {"train", "chat", "doctor", "init"} <= set(tab(""))
+    assert tab("export", "run", "--to", "") == ["merged"]
+    assert tab("export", "run", "--dtype", "b") == ["bf16"]
+    assert tab("init", "--method", "f") == ["freeze", "full"]
+    fields = tab("train", "config.yaml", "--set", "batch")
+    assert fields == [value for value, _ in complete.overrides("batch")]
+
+
+def test_show_completion_gives_a_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snugtune", "--show-completion", "bash"], capture_output=True, text=True, check=True
+    )
+    assert "complete -o default -F _snugtune_completion snugtune" in done.stdout
+    assert "_SNUGTUNE_COMPLETE=complete_bash" in done.stdout

@@ -1,0 +1,139 @@
+"""The live display, through a fake terminal: it fits, it is not torn, and without a terminal there are plain lines."""
+
+import io
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+from rich.console import Console as RichConsole
+from rich.text import Text
+from transformers.utils import logging
+
+from snugtune.console import Console, arranged, quiet_libraries, shortened
+from snugtune.run import RunResult
+from snugtune.training.metrics import StepMetrics
+
+LONG = "a-job-whose-name-says-everything-about-it-and-a-bit-more-0123456"
+UP = "\x1b[1A"
+
+
+def driven(names: list[str], width: int, height: int = 24, steps: int = 3, total: int = 1000, terminal: bool = True) -> str:
+    """What reaches stderr of a run of jobs, with a held-out loss at the second step."""
+    console = Console()
+    console.err = RichConsole(file=io.StringIO(), force_terminal=terminal, width=width, height=height, highlight=False)
+    jobs: list[Any] = [SimpleNamespace(name=name, step=0, total=total) for name in names]
+    console.begin(jobs)
+    for step in range(1, steps + 1):
+        for name in names:
+            held = 2.5 if step == 2 else None
+            facts: dict[str, Any] = {"loss": 3.2345, "tokens_per_second": 12345.6, "peak_memory": 3 * 2**30, "eval_loss": held}
+            console.step(StepMetrics(name, step, total, 0.1, **facts))
+    console.end()
+    return console.err.file.getvalue()  # type: ignore[attr-defined]
+
+
+def plain(text: str) -> list[str]:
+    return [line.rstrip() for line in Text.from_ansi(text).plain.splitlines()]
+
+
+def screen(text: str) -> list[str]:
+    """What a terminal shows in the end: lines overwritten as the codes say."""
+    lines, at = [""], 0
+    for part in re.split(r"(\x1b\[[0-9;?]*[a-zA-Z]|\r|\n)", text):
+        if part == "\n":
+            at += 1
+            if at == len(lines):
+                lines.append("")
+        elif part == UP:
+            at -= 1
+        elif part == "\x1b[2K":
+            lines[at] = ""
+        elif part and not part.startswith(("\x1b", "\r")):
+            lines[at] += part
+        assert at >= 0, "the cursor left the display"
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("names", [["default"], [LONG, "b", "shop-a"]], ids=["one", "three"])
+def test_the_live_display_fits(names: list[str], width: int) -> None:
+    """One whole line a job: count, loss and time left are there even in a narrow terminal, and nothing is left behind."""
+    text = driven(names, width)
+    live = [line for line in plain(text) if " eta " in line]
+    assert max(map(len, live)) <= width
+    shown = screen(text)
+    bars = [line for line in shown if " eta " in line]
+    assert len(bars) == len(names), "old frames are overwritten"
+    for name, line in zip(names, bars, strict=True):
+        assert re.fullmatch(rf"  {re.escape(name[:4])}\S*\s+[━╸╺]+\s+3/1000 loss 3\.2345.* eta [-\d]:[-\d]+:[-\d]+", line), line
+        assert ("12346 tok/s" in line) == (width >= 80)
+    if width == 140:
+        assert "3.00 GiB" in bars[0]
+    held = [line for line in shown if "held-out loss 2.5000" in line]
+    assert [line.split(":")[0].strip() for line in held] == names, "notes stand above, whole"
+    assert shown.index(held[-1]) < shown.index(bars[0])
+
+
+def test_many_jobs_in_a_low_terminal() -> None:
+    """Those that are done make room for those that are not."""
+    names = [f"job-{i:02}" for i in range(30)]
+    console = Console()
+    console.err = RichConsole(file=io.StringIO(), force_terminal=True, width=80, height=12, highlight=False)
+    jobs: list[Any] = [SimpleNamespace(name=name, step=0, total=2 if i < 25 else 9) for i, name in enumerate(names)]
+    console.begin(jobs)
+    for job in jobs:
+        console.step(StepMetrics(job.name, 2, job.total, 0.1, loss=1.0, tokens_per_second=1.0))
+    assert console._progress is not None
+    assert [task.description for task in console._progress.tasks if task.visible] == names[25:]
+    console.end()
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    lines = driven([LONG, "b"], 60, terminal=False, steps=3, total=3).splitlines()
+    assert all("\x1b" not in line and line.startswith("  ") for line in lines)
+    assert sum(line.startswith(f"  {LONG}: step 3/3  loss 3.2345  12346 tok/s  3.00 GiB  eta ") for line in lines) == 1
+    assert f"  {LONG}: step 2/3  held-out loss 2.5000" in lines
+
+
+def test_a_table_of_results_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = [{"job": LONG, "step": 2, "loss": 2.0, "eval_loss": 3.0}, {"job": LONG, "step": 3, "loss": 1.0, "eval_loss": 2.0}]
+    result = RunResult(Path("run"), {LONG: Path("run/adapters") / LONG}, metrics, 2**30)
+    Console().results(result)
+    out = capsys.readouterr().out
+    assert re.search(rf"{LONG} +3 +2\.0000 -> 1\.0000 +3\.0000 -> 2\.0000", out)
+    narrow = Console()
+    narrow.out = RichConsole(file=io.StringIO(), force_terminal=True, width=60, highlight=False)
+    narrow.results(result)
+    table = plain(narrow.out.file.getvalue())[:-2]  # type: ignore[attr-defined]
+    assert max(map(len, table)) <= 60
+    assert "".join(line.split(" ")[0] for line in table[1:]) == LONG, "folded, not cut"
+
+
+def test_layout_gives_way_in_order() -> None:
+    found = [arranged(width, 12, 9) for width in (140, 82, 72, 60, 40)]
+    assert [layout.facts for layout in found] == [3, 3, 2, 1, 0]
+    assert [layout.elapsed for layout in found] == [True, False, False, False, False]
+    assert all(8 <= layout.bar <= 28 for layout in found)
+
+
+def test_shortened_keeps_both_ends() -> None:
+    assert shortened("short", 8) == "short"
+    assert shortened("adapter-for-shop-17", 10) == "adapt…p-17"
+    assert all(len(shortened("x" * 50, width)) == width for width in range(8, 30))
+
+
+def test_libraries_are_quiet() -> None:
+    """Warnings of libraries, whatever was set before, and their loggers; those of other people's code are heard."""
+    libraries = ("transformers.models.llama", "torch.utils", "peft.tuners", "datasets.load", "huggingface_hub.file_download")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        for module in (*libraries, "mine"):
+            warnings.warn_explicit(module, UserWarning, module, 1, module=module)
+    assert [str(warning.message) for warning in heard] == ["mine"]
+    assert logging.get_verbosity() == logging.ERROR
+    assert are_progress_bars_disabled(), "no bars where there is no terminal"
