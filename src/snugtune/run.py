@@ -19,6 +19,7 @@ from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model
+from snugtune.report import write_report
 from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
@@ -121,6 +122,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
                 raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         write_whole(folder.config, config.to_yaml())
         folder.write_plan(session.planned, None)
+        claims.callback(_report, folder, observer)  # whatever the end is
         log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)
         observer.begin(list(session.trainer.jobs.values()))
         started = time.perf_counter()
@@ -137,6 +139,14 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             raise DivergedError("; ".join(failures))
         folder.write_plan(session.planned, session.trainer.watch.peak())
     return _result(folder, jobs, seconds=time.perf_counter() - started)
+
+
+def _report(folder: RunFolder, observer: Observer) -> None:
+    """Write the page of the run. Whatever stands against it: the run's own end is what counts."""
+    try:
+        write_report(folder.path)
+    except Exception as error:
+        observer.note(f"report: {folder.report} is not written: {error}")
 
 
 def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Session:
