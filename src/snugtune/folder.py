@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def tracking(self) -> Path:
+        """How the experiment trackers know this run."""
+        return self.path / "tracking.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

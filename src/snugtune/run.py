@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model
 from snugtune.report import write_report
+from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
@@ -109,6 +110,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     if folder.finished(jobs):
         observer.note(f"this run is finished; results are in {folder.path}")
         return _result(folder, jobs, already_finished=True)
+    check_tracking(config.tracking)
     with stop_flag(observer.note) as stop, ExitStack() as claims:
         fresh = not folder.path.is_dir()
         if not fresh:
@@ -117,17 +119,20 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         session = prepare(config, observer, stop)
         if fresh:  # only now: input that is refused leaves nothing behind
             make_folder(folder.path)
+            claims.callback(_remove_if_empty, folder.path)
             claims.enter_context(claimed(folder.path))
             if folder.config.exists():
                 raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         write_whole(folder.config, config.to_yaml())
+        tracking = _start_tracking(config, folder, observer, fresh)
+        claims.callback(tracking.end)
         folder.write_plan(session.planned, None)
         claims.callback(_report, folder, observer)  # whatever the end is
         log = MetricsFile(folder.metrics, session.reported() if session.saved >= 0 else None)
         observer.begin(list(session.trainer.jobs.values()))
         started = time.perf_counter()
         try:
-            _loop(session, log, observer)
+            _loop(session, log, observer, tracking)
         except StopRequestedError:
             session.save()
             raise Interrupted(f"interrupted at step {session.step}; state saved, the same command goes on from there") from None
@@ -139,6 +144,21 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             raise DivergedError("; ".join(failures))
         folder.write_plan(session.planned, session.trainer.watch.peak())
     return _result(folder, jobs, seconds=time.perf_counter() - started)
+
+
+def _start_tracking(config: RunConfig, folder: RunFolder, observer: Observer, fresh: bool) -> Tracking:
+    """A new run whose trackers cannot be opened was none."""
+    try:
+        return start_tracking(config, folder, observer.note)
+    except InputError:
+        if fresh:
+            folder.config.unlink()
+        raise
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something: a run
+        folder.rmdir()
 
 
 def _report(folder: RunFolder, observer: Observer) -> None:
@@ -191,13 +211,14 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     return session
 
 
-def _loop(session: Session, log: MetricsFile, observer: Observer) -> None:
+def _loop(session: Session, log: MetricsFile, observer: Observer, tracking: Tracking) -> None:
     """Steps until every job is done; evaluations and checkpoints where they are due."""
     trainer = session.trainer
     while True:
         while session.pending:
             metrics = trainer.evaluated(session.pending[0])
             log.write(metrics)
+            tracking.step(metrics)
             observer.step(metrics)
             session.pending.pop(0)
         for job in [j for j in trainer.jobs.values() if j.ended]:

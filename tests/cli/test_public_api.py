@@ -19,7 +19,7 @@ from snugtune import errors
 CONFIG_FIELDS = {
     "RunConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
-                  "keep_checkpoints", "trust_remote_code", "plan", "jobs"],
+                  "keep_checkpoints", "trust_remote_code", "tracking", "plan", "jobs"],
     "JobConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "max_grad_norm", "seed", "optimizer", "schedule", "name"],
     "SourceConfig": ["path", "format", "columns", "weight", "max_examples", "split", "subset", "streaming"],
@@ -85,6 +85,7 @@ device: auto
 checkpoint_every: null
 keep_checkpoints: 2
 trust_remote_code: false
+tracking: []
 plan:
   weights: auto
   micro_batch: auto
