@@ -163,6 +163,22 @@ def doctor(
     run_doctor(console, as_json, quick)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    output: Annotated[Path | None, typer.Option(help="file to write (default: RUN/report.html)")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+) -> None:
+    """Write a page of what a run did: losses, speed, memory, data, samples. A run that goes on can be reported too."""
+    console = _console()
+    from snugtune.report import write_report
+
+    written = write_report(run, output)
+    console.say(f"written: {written}")
+    if open_:
+        typer.launch(str(written.resolve()))
+
+
 @data_app.command("show")
 def data_show(
     config: ConfigPath,

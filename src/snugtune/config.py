@@ -21,6 +21,8 @@ from snugtune.schema import Config
 
 DEFAULT_JOB = "default"
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 
 def _as_sources(value: Any) -> Any:
     """A path, a mapping, or a list of either: always a list of mappings."""
@@ -188,8 +190,18 @@ class RunConfig(JobFields):
     checkpoint_every: int | None = Field(default=None, ge=1, description="optimizer steps between checkpoints (default: a tenth)")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints to keep")
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model; only for sources you trust")
+    tracking: tuple[Tracker, ...] = Field(default=(), description="experiment trackers that are given the metrics as well")
     plan: PlanConfig = Field(default=PlanConfig(), description="pins for the planner's knobs")
     jobs: tuple[dict[str, Any], ...] = Field(default=(), description="jobs sharing the base; each overrides the fields above")
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _as_trackers(cls, value: Any) -> Any:
+        """One name or several, each once."""
+        names = [value] if isinstance(value, str) else value
+        return (
+            tuple(dict.fromkeys(names)) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else names
+        )
 
     @model_validator(mode="after")
     def _jobs_are_sound(self) -> "RunConfig":

@@ -42,6 +42,15 @@ class RunFolder:
         return self.path / "data.json"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def tracking(self) -> Path:
+        """How the experiment trackers know this run."""
+        return self.path / "tracking.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -65,11 +74,18 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise InputError(f"output: {path} is not empty and holds no run; give a new folder")
-        before, now = self.config.read_text(encoding="utf-8"), config.to_yaml()
+        before, now = self._config_before(), config.to_yaml()
         if before != now:
             diff = difflib.unified_diff(before.splitlines(), now.splitlines(), n=0, lineterm="")
             changes = [d for d in diff if not d.startswith(("---", "+++", "@@"))]
             raise InputError(f"output: {path} holds a run of another config; give a new folder or undo: {' | '.join(changes)}")
+
+    def _config_before(self) -> str:
+        """The run's config as this version writes it: fields that are new since then have their defaults."""
+        try:
+            return read_config(self.config).to_yaml()
+        except InputError:
+            return self.config.read_text(encoding="utf-8")
 
     def read_plan(self) -> dict[str, Any]:
         """`plan.json`, empty when there is none yet."""

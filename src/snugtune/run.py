@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model
+from snugtune.report import write_report
+from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, load_best, save_best, save_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
@@ -104,22 +106,24 @@ class Session:
 
 @dataclass(frozen=True)
 class Logs:
-    """The files that a run reports to."""
+    """Where a run reports to."""
 
     metrics: MetricsFile
     samples: MetricsFile | None  # where no job is asked anything
+    tracking: Tracking
 
     @classmethod
-    def open(cls, session: Session) -> "Logs":
+    def open(cls, session: Session, tracking: Tracking) -> "Logs":
         """Open them, cut back to where each job stands. Raises `StorageError`."""
         resume_at = session.reported() if session.saved >= 0 else None
         asked = any(job.data.prompts for job in session.all_jobs)
         samples = MetricsFile(session.folder.samples, resume_at) if asked else None
-        return cls(MetricsFile(session.folder.metrics, resume_at), samples)
+        return cls(MetricsFile(session.folder.metrics, resume_at), samples, tracking)
 
     def write(self, metrics: StepMetrics, samples: Sequence[Sample]) -> None:
         if metrics.loss is not None or metrics.eval_tokens is not None or metrics.skipped:
             self.metrics.write(metrics)
+            self.tracking.step(metrics)
         for sample in samples:
             assert self.samples is not None
             self.samples.write(sample)
@@ -141,6 +145,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     if folder.finished(jobs):
         observer.note(f"this run is finished; results are in {folder.path}")
         return _result(folder, jobs, already_finished=True)
+    check_tracking(config.tracking)
     with stop_flag(observer.note) as stop, ExitStack() as claims:
         fresh = not folder.path.is_dir()
         if not fresh:
@@ -149,13 +154,17 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         session = prepare(config, observer, stop)
         if fresh:  # only now: input that is refused leaves nothing behind
             make_folder(folder.path)
+            claims.callback(_remove_if_empty, folder.path)
             claims.enter_context(claimed(folder.path))
             if folder.config.exists():
                 raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         write_whole(folder.config, config.to_yaml())
+        tracking = _start_tracking(config, folder, observer, fresh)
+        claims.callback(tracking.end)
         folder.write_plan(session.planned, None)
         write_whole(folder.data, json.dumps({job.name: job.data.summary() for job in session.all_jobs}, indent=2) + "\n")
-        logs = Logs.open(session)
+        claims.callback(_report, folder, observer)  # whatever the end is
+        logs = Logs.open(session, tracking)
         observer.begin(list(session.trainer.jobs.values()))
         started = time.perf_counter()
         try:
@@ -171,6 +180,29 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             raise DivergedError("; ".join(failures))
         folder.write_plan(session.planned, session.trainer.watch.peak())
     return _result(folder, jobs, seconds=time.perf_counter() - started)
+
+
+def _start_tracking(config: RunConfig, folder: RunFolder, observer: Observer, fresh: bool) -> Tracking:
+    """A new run whose trackers cannot be opened was none."""
+    try:
+        return start_tracking(config, folder, observer.note)
+    except InputError:
+        if fresh:
+            folder.config.unlink()
+        raise
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something: a run
+        folder.rmdir()
+
+
+def _report(folder: RunFolder, observer: Observer) -> None:
+    """Write the page of the run. Whatever stands against it: the run's own end is what counts."""
+    try:
+        write_report(folder.path)
+    except Exception as error:
+        observer.note(f"report: {folder.report} is not written: {error}")
 
 
 def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Session:

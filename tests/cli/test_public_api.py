@@ -20,7 +20,7 @@ CONFIG_FIELDS = {
     "RunConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
                   "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
-                  "keep_checkpoints", "trust_remote_code", "plan", "jobs"],
+                  "keep_checkpoints", "trust_remote_code", "tracking", "plan", "jobs"],
     "JobConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
                   "max_grad_norm", "seed", "optimizer", "schedule", "name"],
@@ -102,6 +102,7 @@ device: auto
 checkpoint_every: null
 keep_checkpoints: 2
 trust_remote_code: false
+tracking: []
 plan:
   weights: auto
   micro_batch: auto
@@ -128,6 +129,7 @@ COMMANDS = {
     ],
     "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "doctor": ["--help", "--json", "--quick"],
+    "report": ["--help", "--open", "--output", "run"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""

@@ -1,0 +1,187 @@
+"""What a run folder's files say, read so that a running, broken off or older run still makes a page."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from snugtune.config import RunConfig, read_config
+from snugtune.errors import InputError
+from snugtune.folder import RunFolder
+
+SERIES = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory")
+
+
+@dataclass
+class Series:
+    """One measure over the steps of one job. `ys` holds None where there is no finite value: a gap."""
+
+    xs: list[int] = field(default_factory=list)
+    ys: list[float | None] = field(default_factory=list)
+
+    def finite(self) -> list[tuple[int, float]]:
+        return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if y is not None]
+
+
+class Remark(BaseModel):
+    """Why examples were cut or left out, how many, and where some of them stand."""
+
+    count: int = 0
+    places: list[str] = []
+
+
+class DataFacts(BaseModel):
+    """One job's entry of `data.json`. `lengths`: (lowest, highest, examples) of each bin, in tokens."""
+
+    examples: int = 0
+    held_out: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    lengths: list[tuple[int, int, int]] = []
+    remarks: dict[str, Remark] = {}
+
+
+class Sample(BaseModel):
+    """One line of `samples.jsonl`: what the model answered to a prompt after `step` steps."""
+
+    job: str
+    step: int
+    index: int
+    prompt: Any
+    answer: str
+
+
+@dataclass
+class JobFacts:
+    """One job of the run, as far as it came. `artefact`: where its result lies or will lie (None: unknown)."""
+
+    name: str
+    total: int = 0
+    step: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    skipped: list[int] = field(default_factory=list)
+    series: dict[str, Series] = field(default_factory=lambda: {name: Series() for name in SERIES})
+    data: DataFacts | None = None
+    samples: list[Sample] = field(default_factory=list)
+    artefact: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.artefact is not None and self.artefact.is_dir()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take in one line of `metrics.jsonl`."""
+        step = self.step = int(line["step"])
+        self.total = max(self.total, step, int(line.get("total_steps") or 0))
+        self.tokens += int(line.get("tokens") or 0)
+        self.label_tokens += int(line.get("label_tokens") or 0)
+        if line.get("skipped"):
+            self.skipped.append(step)
+        for name in SERIES:
+            value = _finite(line.get(name))
+            if value is not None or (step > 0 and name in ("loss", "grad_norm")):  # a gap is shown where one is due
+                self.series[name].xs.append(step)
+                self.series[name].ys.append(value)
+
+
+@dataclass
+class RunFacts:
+    """Everything the page shows. `problems`: files that could not be read, in a person's words."""
+
+    folder: Path
+    config: str
+    plan: dict[str, Any]
+    jobs: list[JobFacts]
+    problems: list[str]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.jobs) and all(job.finished for job in self.jobs)
+
+
+def read_facts(path: Path) -> RunFacts:
+    """Read a run folder. Raises `InputError` where it is none; files that are missing or broken only leave gaps."""
+    run = RunFolder(path)
+    if not run.config.is_file():
+        raise InputError(f"{path} is not a run folder (no config.yaml); give the 'output' of a run")
+    problems: list[str] = []
+    jobs: dict[str, JobFacts] = {}
+    config = _config(run, problems)
+    for job in config.resolved_jobs() if config else ():
+        jobs[job.name] = JobFacts(job.name, artefact=run.artefact(job))
+    for line in _lines(run.metrics, problems):
+        try:
+            jobs.setdefault(line["job"], JobFacts(line["job"])).add(line)
+        except (KeyError, TypeError, ValueError):
+            _once(problems, f"{run.metrics.name} holds lines that are no metrics; they are left out")
+    for name, facts in _data(run, problems).items():
+        jobs.setdefault(name, JobFacts(name)).data = facts
+    for line in _lines(run.samples, problems):
+        try:
+            sample = Sample.model_validate(line)
+        except ValidationError:
+            _once(problems, f"{run.samples.name} holds lines that are no samples; they are left out")
+        else:
+            jobs.setdefault(sample.job, JobFacts(sample.job)).samples.append(sample)
+    text = run.config.read_text(encoding="utf-8", errors="replace")
+    return RunFacts(path, text, _plan(run, problems), list(jobs.values()), problems)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _once(problems: list[str], text: str) -> None:
+    if text not in problems:
+        problems.append(text)
+
+
+def _config(run: RunFolder, problems: list[str]) -> RunConfig | None:
+    try:
+        return read_config(run.config)
+    except InputError as error:
+        problems.append(f"config.yaml is not one of this version, so results are not looked for: {error}")
+        return None
+
+
+def _plan(run: RunFolder, problems: list[str]) -> dict[str, Any]:
+    try:
+        plan = run.read_plan()
+    except (OSError, ValueError):
+        plan = None
+    if isinstance(plan, dict):
+        return plan
+    problems.append("plan.json cannot be read")
+    return {}
+
+
+def _data(run: RunFolder, problems: list[str]) -> dict[str, DataFacts]:
+    if not run.data.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, DataFacts]).validate_json(run.data.read_bytes())
+    except (OSError, ValidationError):
+        problems.append("data.json cannot be read")
+        return {}
+
+
+def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, up to a last line that is only half written."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for text in takewhile(lambda line: line.endswith("\n"), stream):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if isinstance(line, dict):
+                yield line
+            else:
+                _once(problems, f"{path.name} holds lines that are no JSON objects; they are left out")

@@ -1,0 +1,311 @@
+"""The report: what it shows is what the run's files say, escaped, thinned without losing spikes, whatever the files' state."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from run_folders import PROMPTS, write_run
+from snugtune.errors import InputError, StorageError
+from snugtune.report import write_report
+from snugtune.report.charts import SIDE, Scale, Trace, bucketed, chart, line, number, running_mean, ticks, value_scale
+from snugtune.report.facts import Series, read_facts
+
+POINT = re.compile(r"(-?\d+) (-?\d+)")
+HOSTILE = "</script></style><img src=x onerror=alert(1)><script>alert(2)</script>\"'`{{ 7*7 }}<!--"
+
+
+class Page(HTMLParser):
+    """A page taken apart by a parser that is not ours."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def paths(self, kind: str) -> list[str]:
+        return [
+            a["d"] or "" for tag, a in self.tags if tag == "path" and "data-label" in a and kind in (a["class"] or "").split()
+        ]
+
+
+def report_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=300)
+
+
+@given(VALUES, st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_thinning_keeps_the_extremes(ys: list[float | None], count: int) -> None:
+    buckets = bucketed(range(len(ys)), ys, count)
+    finite = [y for y in ys if y is not None]
+    assert len(buckets) <= count
+    assert min((b.low for b in buckets if b.low is not None), default=None) == min(finite, default=None)
+    assert max((b.high for b in buckets if b.high is not None), default=None) == max(finite, default=None)
+
+
+@given(VALUES, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_series_can_be_drawn(ys: list[float | None], detail: bool, dots: bool, zero: bool) -> None:
+    """Every coordinate lies in the plot, and the extremes are among them at the place of their value."""
+    drawn = chart("x", [Trace("y", Series(list(range(len(ys))), ys), detail=detail, dots=dots)], 1000, zero=zero)
+    finite = [y for y in ys if y is not None]
+    assert (drawn is None) == (not finite)
+    if drawn is None:
+        return
+    points = [(int(x), int(y)) for layer in drawn.layers for x, y in POINT.findall(layer.d)]
+    assert all(0 <= v <= SIDE for point in points for v in point)
+    assert SIDE - max(y for _, y in points) == drawn.y.place(min(finite))
+    assert SIDE - min(y for _, y in points) == drawn.y.place(max(finite))
+
+
+def test_values_can_be_read_back_from_a_line() -> None:
+    """As the page's script does it, to a ten-thousandth of the axis."""
+    ys = [3.58, 2.91, 1.26, 1.31]
+    x, y = Scale(0, 3), value_scale(ys)
+    back = [y.low + (y.high - y.low) * (1 - int(py) / SIDE) for _, py in POINT.findall(line(list(enumerate(ys)), x, y))]
+    assert back == pytest.approx(ys, abs=(y.high - y.low) / SIDE)
+
+
+def test_a_gap_breaks_the_line() -> None:
+    scale = Scale(0, 3)
+    assert line([(0, 0.0), (1, None), (2, 0.0), (3, 3.0)], scale, scale) == f"M0 {SIDE}h0M6667 {SIDE}L{SIDE} 0"
+
+
+def test_running_mean() -> None:
+    assert running_mean([1.0, 2.0, None, 6.0], 1) == [1.5, 1.5, None, 6.0]
+    assert running_mean([1.0, None, 3.0], 0) == [1.0, None, 3.0]
+
+
+def test_one_spike_makes_the_axis_logarithmic() -> None:
+    scale = value_scale([1.0] * 50 + [1000.0])
+    assert scale.log
+    assert 0.4 < scale.place(31.6) / SIDE < 0.6
+    assert not value_scale([1.0, 2.0, 3.0]).log
+    assert not value_scale([0.0] * 9 + [1000.0]).log
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+@settings(max_examples=60, deadline=None)
+def test_ticks_are_few_and_on_the_axis(low: float, width: float) -> None:
+    found = ticks(Scale(low, low + width), 4)
+    assert len(found) <= 6
+    assert all(low - width * 1e-6 <= t <= low + width * (1 + 1e-6) for t in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0002, "0.0002"), (1.48683, "1.487"), (20000, "20,000"), (0, "0"), (2.4e-6, "2.4e-06"), (-3.5, "-3.5"), (None, "-")],
+)
+def test_numbers_in_words(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_page_says_what_the_files_say(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=12, every=4)
+    page = report_of(folder)
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    for entry in lines:  # the table behind the charts
+        assert all(number(entry[name]) in page.texts for name in ("loss", "eval_loss", "grad_norm", "lr") if name in entry)
+    for text in (
+        *PROMPTS[0],
+        *PROMPTS[1],
+        "data/support.jsonl:88",
+        "3,120 training examples, 164 held out",
+        "44.0 %",
+        "2.00 GiB",
+    ):
+        assert text in page.text
+    assert (folder / "config.yaml").read_text().strip() in " ".join(page.texts)
+    assert "not finished" not in page.text
+    assert "adapters/default" in page.text
+
+
+def test_page_needs_nothing_else(tmp_path: Path) -> None:
+    """No address but its own anchors; only its own script may run, by hash."""
+    page = report_of(write_run(tmp_path / "run", jobs=("a", "b"), steps=3))
+    assert not {tag for tag, _ in page.tags} & {
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "video",
+        "audio",
+        "image",
+        "use",
+    }
+    addresses = [a[name] or "" for _, a in page.tags for name in ("src", "href", "action", "srcset", "xlink:href") if name in a]
+    assert addresses and all(a.startswith("#") for a in addresses)
+    assert not re.search(r"url\(|@import|https?://|fetch|XMLHttp|import\(", (tmp_path / "run/report.html").read_text())
+    policy = next(a["content"] or "" for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none';")
+    assert "script-src 'sha256-" in policy
+
+
+def test_page_can_be_read_without_seeing_it(tmp_path: Path) -> None:
+    page = report_of(write_run(tmp_path / "run", steps=9))
+    assert ("html", {"lang": "en"}) in page.tags
+    drawings = [a for tag, a in page.tags if tag == "svg" and a.get("aria-hidden") != "true"]
+    assert len(drawings) == 6
+    assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
+    assert any((a["aria-label"] or "").startswith("Loss. training: ") for a in drawings)
+    levels = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == "h1" and levels.count("h1") == 1
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_nothing_of_the_run_becomes_markup(tmp_path: Path) -> None:
+    """Names, samples, prompts, config, plan and data may hold anything."""
+    folder = write_run(tmp_path / "run", steps=3)
+    clean = report_of(folder)
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"job": HOSTILE, "step": 1, "total_steps": 1, "loss": 1.0, "eval_loss": 1.0}) + "\n")
+    with (folder / "samples.jsonl").open("a") as stream:
+        for step, text in enumerate(("before", "between", "after")):
+            sample = {"job": "default", "step": step, "index": 9, "prompt": HOSTILE + "prompt", "answer": HOSTILE + text}
+            stream.write(json.dumps(sample) + "\n")
+    entry = {"examples": 1, "lengths": [[1, 2, 3]], "remarks": {HOSTILE: {"count": 1, "places": [HOSTILE]}}}
+    (folder / "data.json").write_text(json.dumps({HOSTILE: entry}))
+    (folder / "plan.json").write_text(json.dumps({HOSTILE: [HOSTILE], "reasons": [HOSTILE]}))
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + f"# {HOSTILE}\n")
+    page = report_of(folder)
+    counts = [[tag for tag, _ in p.tags].count(kind) for p in (clean, page) for kind in ("script", "style", "img")]
+    assert counts == [1, 1, 0] * 2
+    assert not [name for _, a in page.tags for name in a if name.startswith("on")]
+    joined = "".join(page.texts)
+    assert joined.count(HOSTILE) >= 8  # shown as it is, `{{ 7*7 }}` included
+    assert all(HOSTILE + text in joined for text in ("prompt", "before", "between", "after"))
+
+
+def test_one_step(tmp_path: Path) -> None:
+    page = report_of(write_run(tmp_path / "run", steps=1, every=5))
+    assert len(page.paths("dots")) >= 3  # a point alone would be invisible as a line
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20, finished=False)
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"job": "default", "step": 21, "lo')  # just being written
+    page = report_of(folder)
+    assert "not finished" in page.text
+    assert "at step 20 of 40" in page.text
+
+
+def test_skipped_steps_are_gaps_and_marks(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20, skipped=(5, 6, 20))
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"job": "default", "step": 21, "total_steps": 21, "loss": NaN, "grad_norm": Infinity, "skipped": true}\n')
+    page = report_of(folder)
+    assert "4 steps were skipped because the gradient was not finite: 5, 6, 20, 21" in page.text
+    assert page.paths("line")[0].count("M") == 2
+    assert page.paths("skips")[0].count("M") == 4
+    assert "nan" not in page.text.lower().split()
+
+
+def test_nothing_but_a_config(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=1)
+    for name in ("metrics.jsonl", "plan.json", "data.json", "samples.jsonl"):
+        (folder / name).unlink()
+    page = report_of(folder)
+    assert "No step of this job has been reported yet" in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.jsonl", 'nothing\n[1]\n{"job": "default"}\n', "metrics.jsonl holds lines that are no JSON objects"),
+        ("metrics.jsonl", '{"job": "default", "step": "one"}\n{"step": 1}\n', "metrics.jsonl holds lines that are no metrics"),
+        ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl holds lines"),
+        ("plan.json", "{", "plan.json cannot be read"),
+        ("plan.json", "[]", "plan.json cannot be read"),
+        ("data.json", '{"default": {"lengths": 1}}', "data.json cannot be read"),
+        ("samples.jsonl", '{"job": 1}\n', "samples.jsonl holds lines that are no samples"),
+        ("config.yaml", "model: x\nfield_of_tomorrow: 1\n", "config.yaml is not one of this version"),
+    ],
+)
+def test_a_broken_file_is_named_and_the_rest_shown(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    page = report_of(folder)
+    assert said in page.text
+    assert "default" in page.texts
+
+
+def test_a_long_run_is_small_and_keeps_its_spike(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20_000, every=50)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    spike = json.loads(lines[7_777]) | {"loss": 30.0}
+    lines[7_777] = json.dumps(spike)
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = report_of(folder)
+    assert (folder / "report.html").stat().st_size < 150_000
+    xs = [int(x) for x, y in POINT.findall(page.paths("band")[0]) if int(y) < 0.1 * SIDE]
+    assert xs == [pytest.approx(SIDE * 7_777 / 20_000, abs=SIDE / 200)]
+    assert "highest 30 at step 7777" in " ".join(a.get("aria-label") or "" for _, a in page.tags)
+
+
+def test_twenty_jobs_fit_in_a_megabyte(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", jobs=[f"shop-{k}" for k in range(20)], steps=400, every=5)
+    page = report_of(folder)
+    assert (folder / "report.html").stat().st_size < 1_000_000
+    lines = [
+        (a["class"], a["data-label"]) for tag, a in page.tags if tag == "path" and str(a.get("data-label")).startswith("shop-")
+    ]
+    assert len(lines) == 40  # in both charts of all jobs
+    assert len(set(lines)) == 20 == len({look for look, _ in lines})  # each with one look, its own
+    assert sum(tag == "details" and a.get("class") == "job" for tag, a in page.tags) == 20
+
+
+def test_long_answers_are_cut_aloud(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=2)
+    with (folder / "samples.jsonl").open("a") as stream:
+        stream.write(
+            json.dumps(
+                {"job": "default", "step": 0, "index": 5, "prompt": [{"role": "user", "content": "Hi"}], "answer": "y" * 9_000}
+            )
+        )
+        stream.write("\n")
+    page = report_of(folder)
+    assert "… (1,000 characters more)" in page.text
+    assert "user: Hi" in page.text
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a run folder"):
+        write_report(tmp_path)
+    with pytest.raises(StorageError, match="cannot write"):
+        write_report(write_run(tmp_path / "run", steps=1), tmp_path / "none/report.html")
+
+
+def test_facts_of_a_resumed_run_are_those_of_its_metrics(tmp_path: Path) -> None:
+    """After a resume the metrics file goes on where it was cut; a job's state is its last line."""
+    folder = write_run(tmp_path / "run", jobs=("a", "b"), steps=6)
+    facts = read_facts(folder)
+    assert [(job.name, job.step, job.tokens) for job in facts.jobs] == [("a", 6, 6 * 875), ("b", 6, 6 * 875)]
+    assert facts.jobs[0].series["loss"].xs == [1, 2, 3, 4, 5, 6]
+    assert facts.jobs[0].series["eval_loss"].xs == [0, 6]
