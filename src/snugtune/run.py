@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,22 +14,20 @@ import torch
 
 from snugtune.config import JobConfig, RunConfig
 from snugtune.errors import DivergedError, InputError, Interrupted
-from snugtune.files import claimed, make_folder, remove_leftovers, user_path, whole_folder, write_whole
+from snugtune.files import claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model
 from snugtune.report import write_report
+from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
-from snugtune.training.checkpoint import Checkpoint, latest_checkpoint, load_best, save_best, save_checkpoint
+from snugtune.training.checkpoint import Checkpoint, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
-from snugtune.training.metrics import MetricsFile, Sample, StepMetrics, read_metrics
+from snugtune.training.metrics import StepMetrics, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
-
-AUTO_CHECKPOINTS = 10
-"""Checkpoints in a run that does not say how often."""
 
 
 class Observer(Protocol):
@@ -68,70 +66,6 @@ class RunResult:
     peak_bytes: int | None
     seconds: float = 0.0
     already_finished: bool = False
-
-
-@dataclass
-class Session:
-    """A run in progress: what `train` holds between its steps."""
-
-    config: RunConfig
-    folder: RunFolder
-    planned: Planned
-    trainer: Trainer
-    step: int = 0  # of the run; every unfinished job takes one step in each
-    ended: list[Job] = field(default_factory=list)  # finished, or given up
-    pending: list[StepMetrics] = field(default_factory=list)  # steps done, not yet evaluated and reported
-    saved: int = -1  # the step of the newest checkpoint
-
-    @property
-    def checkpoint_every(self) -> int:
-        return self.config.checkpoint_every or max(1, -(-max(j.total for j in self.all_jobs) // AUTO_CHECKPOINTS))
-
-    @property
-    def all_jobs(self) -> list[Job]:
-        return [*self.trainer.jobs.values(), *self.ended]
-
-    def save(self) -> None:
-        """Write a checkpoint of the state after the last whole step, unless there is one."""
-        if self.step != self.saved:
-            root, keep, base = self.folder.checkpoints, self.config.keep_checkpoints, self.trainer.base.fingerprint
-            active = list(self.trainer.jobs.values())
-            save_checkpoint(root, self.step, self.planned.plan, base, active, self.ended, self.pending, keep)
-            self.saved = self.step
-
-    def reported(self) -> dict[str, int]:
-        """Job -> the last step whose metrics are final."""
-        return {job.name: job.step for job in self.all_jobs} | {m.job: m.step - 1 for m in self.pending}
-
-
-@dataclass(frozen=True)
-class Logs:
-    """Where a run reports to."""
-
-    metrics: MetricsFile
-    samples: MetricsFile | None  # where no job is asked anything
-    tracking: Tracking
-
-    @classmethod
-    def open(cls, session: Session, tracking: Tracking) -> "Logs":
-        """Open them, cut back to where each job stands. Raises `StorageError`."""
-        resume_at = session.reported() if session.saved >= 0 else None
-        asked = any(job.data.prompts for job in session.all_jobs)
-        samples = MetricsFile(session.folder.samples, resume_at) if asked else None
-        return cls(MetricsFile(session.folder.metrics, resume_at), samples, tracking)
-
-    def write(self, metrics: StepMetrics, samples: Sequence[Sample]) -> None:
-        if metrics.loss is not None or metrics.eval_tokens is not None or metrics.skipped:
-            self.metrics.write(metrics)
-            self.tracking.step(metrics)
-        for sample in samples:
-            assert self.samples is not None
-            self.samples.write(sample)
-
-    def close(self) -> None:
-        self.metrics.close()
-        if self.samples is not None:
-            self.samples.close()
 
 
 def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
@@ -173,13 +107,14 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             session.save()
             raise Interrupted(f"interrupted at step {session.step}; state saved, the same command goes on from there") from None
         finally:
+            seconds = time.perf_counter() - started
             observer.end()
             logs.close()
         if failures := [job.failure for job in session.ended if job.failure]:
             session.save()
             raise DivergedError("; ".join(failures))
         folder.write_plan(session.planned, session.trainer.watch.peak())
-    return _result(folder, jobs, seconds=time.perf_counter() - started)
+    return _result(folder, jobs, seconds=seconds)
 
 
 def _start_tracking(config: RunConfig, folder: RunFolder, observer: Observer, fresh: bool) -> Tracking:
@@ -254,7 +189,7 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
         while session.pending:
             metrics = trainer.evaluated(session.pending[0])
             samples = trainer.samples(metrics)
-            _judge(session, metrics)
+            session.judge(metrics)
             logs.write(metrics, samples)
             observer.step(metrics)
             for sample in samples:
@@ -262,7 +197,7 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
             session.pending.pop(0)
         for job in [j for j in trainer.jobs.values() if j.ended]:
             if job.failure is None:
-                _finish(session, job, observer)
+                session.finish(job, observer.note)
             else:
                 observer.note(f"given up: {job.failure}")
             session.ended.append(trainer.remove(job.name))
@@ -275,50 +210,10 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
         session.step += 1
 
 
-def _judge(session: Session, metrics: StepMetrics) -> None:
-    """Note a better held-out loss, and keep the weights that gave it where they are the result."""
-    job = session.trainer.jobs[metrics.job]
-    if job.judge(metrics) and job.config.keep_best:
-        save_best(session.folder.checkpoints, job)
-
-
-def _finish(session: Session, job: Job, observer: Observer) -> None:
-    """Save the result of a job that has ended well: its last state, or its best."""
-    if job.stopped_early and not job.finished:
-        best = "none was finite" if job.best is None else f"the best was {job.best.eval_loss:.4f} at step {job.best.step}"
-        observer.note(f"{job.name}: stopped at step {job.step}: the held-out loss no longer falls ({best})")
-    if job.config.keep_best and job.best is not None and job.best.step != job.step:
-        load_best(session.folder.checkpoints, job)
-        observer.note(f"{job.name}: the result is the state of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}")
-    save_artefact(session, job)
-
-
 def _short(text: str, width: int = 60) -> str:
     """A text on one line, cut where it is long."""
     line = " ".join(text.split())
     return repr(line if len(line) <= width else line[: width - 1] + "…")
-
-
-def save_artefact(session: Session, job: Job) -> None:
-    """Write a finished job's adapter or model folder, whole, with its model card and the tokenizer."""
-    with whole_folder(session.folder.artefact(job.config)) as made:
-        job.attached.save(made)
-        session.trainer.base.tokenizer.save_pretrained(made)
-        (made / "README.md").write_text(_card(session, job), encoding="utf-8")
-
-
-def _card(session: Session, job: Job) -> str:
-    """A model card: where this comes from and how to load it."""
-    c, base = job.config, session.trainer.base
-    library = "peft" if c.method.type == "lora" else "transformers"
-    about = (
-        f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {job.total} steps of {c.batch_size} examples, "
-        f"{len(job.data.train)} training examples, seed {c.seed}."
-    )
-    if c.keep_best and job.best is not None:
-        about += f" The weights are those of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}."
-    head = ["---", f"base_model: {base.name}", f"library_name: {library}", "tags: [snugtune]", "---"]
-    return "\n".join([*head, "", f"# {c.name}", "", about, "", f"Base fingerprint: `{base.fingerprint}`", ""])
 
 
 def _planned_before(checkpoint: Checkpoint) -> Planned:
