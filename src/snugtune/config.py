@@ -88,6 +88,8 @@ class JobFields(Config):
     def _fraction(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError("a fraction must lie between 0 and 1 (or give the path of a file)")
+        if value == "":
+            raise ValueError("an empty path; give a fraction, the path of a file, or nothing")
         return value
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """What a person sees in the terminal: one calm live display, plain lines where there is no terminal."""
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -47,6 +48,8 @@ class Console:
         self.out.print(Text(text, style=style), soft_wrap=True)
 
     def error(self, text: str) -> None:
+        """One line, whatever the text brings: line ends and control characters of files and libraries become blanks."""
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
     def track(self, items: Sequence[Any], what: str) -> Iterable[Any]:

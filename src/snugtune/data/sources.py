@@ -89,6 +89,9 @@ def _records(source: SourceConfig) -> Records:
     path = user_path(source.path, "data")
     if not path.exists() and _HUB_ID.fullmatch(source.path) and path.suffix not in {*READERS, ".gz"}:
         return _hub_records(source)
+    for name in ("split", "subset", "streaming"):
+        if getattr(source, name) != SourceConfig.model_fields[name].default:
+            raise InputError(f"data: '{name}' is for datasets of the hub, and {path} is no id of one; leave it out")
     return read_records(path)
 
 
