@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from snugtune.errors import InputError, StorageError
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""What a file begins with that git left in place of a large one, until that is fetched."""
 _UNFINISHED = ".part-"
 """What the names of files and folders begin with until they are whole."""
 _LOCK = ".lock"

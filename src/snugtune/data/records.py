@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.errors import InputError
+from snugtune.files import LFS_POINTER
 
 Records = Iterator[tuple[str, Any]]
 Numbered = Iterator[tuple[int, Any]]
@@ -63,7 +64,7 @@ def _read(path: Path) -> bytes:
 
 def _mistaken_for_data(raw: bytes, path: Path) -> str | None:
     """What a file is that has the right name and yet cannot be data, and what to do."""
-    if raw.startswith(b"version https://git-lfs.github.com/"):
+    if raw.startswith(LFS_POINTER):
         return "a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'"
     if raw.startswith(b"\x1f\x8b"):
         return "compressed twice; unpack it once" if path.suffix == ".gz" else f"gzip-compressed; name it {path.name}.gz"

@@ -49,15 +49,21 @@ class Renderer:
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
     def template(self, messages: Messages, for_answer: bool = False, tools: Tools = ()) -> str:
-        """The conversation as the model's text; `for_answer` ends with the opening of an assistant turn."""
+        """The conversation as the model's text; `for_answer` ends with the opening of an assistant turn.
+
+        Raises `TemplateError`, whatever the template's own code trips over.
+        """
         plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
-        return self.tokenizer.apply_chat_template(
-            plain,
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=for_answer,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                plain,
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=for_answer,
+            )
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def render(self, messages: Messages, tools: Tools = ()) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
@@ -87,7 +93,9 @@ class Renderer:
         except TemplateError as error:
             raise InputError(f"model: its chat template cannot render a question and an answer: {error}") from error
         _, found, tail = text.rpartition(_MARK)
-        after = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+        if not found:
+            raise InputError("model: its chat template leaves out what is answered; nothing could be learned through it")
+        after = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return next((token for token in after if token in control), self.tokenizer.eos_token_id)
 

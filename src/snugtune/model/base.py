@@ -203,6 +203,8 @@ class Base:
         with torch.no_grad():
             whole, part = (self._body(input_ids=ids[:, :n], use_cache=False)[:9] for n in (17, 9))
         self.model.train(training)
+        if not whole.isfinite().all():
+            raise InputError(f"model: the weights of '{self.name}' give states that are not finite; its files may be damaged")
         if _relative(part, whole, per_token=self.moe) > _PROOF_TOLERANCE[self.dtype]:
             kind = self.model.config.model_type
             raise InputError(f"model: '{self.name}' ({kind}) is not a causal language model: its tokens see those after them")
