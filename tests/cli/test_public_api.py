@@ -108,6 +108,7 @@ COMMANDS = {
         "run",
     ],
     "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
+    "schema": ["--help"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""
