@@ -47,7 +47,7 @@ class LoraConfig(Config):
     """Train low-rank updates of the base's linears; the base stays as it is."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(default=8, ge=1, description="rank of the updates")
+    r: int = Field(default=8, ge=1, le=2**16, description="rank of the updates")
     lora_alpha: float = Field(default=16, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of the update, while training")
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
