@@ -72,7 +72,9 @@ class JobFields(Config):
     method: Annotated[MethodConfig, _typed("lora")] = Field(default=LoraConfig(), description="how the base is tuned")
     objective: Annotated[ObjectiveConfig, _typed("sft")] = Field(default=SftConfig(), description="what is minimised")
     batch_size: int = Field(default=16, ge=1, description="examples per optimizer step, whatever the micro-batch")
-    epochs: float | None = Field(default=None, gt=0, le=1e6, description="passes over the data (default 1, unless steps is given)")
+    epochs: float | None = Field(
+        default=None, gt=0, le=1e6, description="passes over the data (default 1, unless steps is given)"
+    )
     steps: int | None = Field(default=None, ge=1, le=10**9, description="optimizer steps, instead of epochs")
     validation: float | str | None = Field(default=None, description="fraction of the data to hold out, or the path of a file")
     eval_every: int | None = Field(

@@ -240,8 +240,13 @@ def _read_files(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
         config = PeftLoraConfig.from_pretrained(str(folder))
         with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (ValueError, TypeError, SafetensorError, OSError) as error:
+        numbers = [config.lora_alpha, *(dict(config.alpha_pattern) if config.alpha_pattern else {}).values()]
+        if not isinstance(config.r, int) or not all(isinstance(n, (int, float)) for n in numbers):
+            raise ValueError(f"{CONFIG_FILE}: r, lora_alpha and alpha_pattern must be numbers")
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError, OSError) as error:
         raise InputError(f"{folder}: cannot be read as an adapter: {error}") from error
+    if damaged := next((k for k, t in tensors.items() if not t.isfinite().all()), None):
+        raise InputError(f"{folder / WEIGHTS_FILE}: '{damaged}' is not finite; the adapter is damaged or diverged")
     assert isinstance(config, PeftLoraConfig)
     unsupported = [k for k in _UNSUPPORTED if getattr(config, k, None)]
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _PLAIN_INITS:
@@ -288,7 +293,8 @@ def _matched(
     """The stored A and B of one site, checked against the base's shapes, and their scale."""
     a, b = (tensors.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
     width_out, width_in = FrozenLinear.shape_of(layer)
-    if a is None or b is None or a.shape[1] != width_in or b.shape != (width_out, len(a)):
+    rank = 0 if a is None or a.dim() == 0 else len(a)
+    if a is None or b is None or not rank or a.shape != (rank, width_in) or b.shape != (width_out, rank):
         raise InputError(f"{folder}: the weights for '{name}' do not fit '{base_name}'; wrong base?")
     pattern = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
