@@ -44,7 +44,7 @@ def _with_type_alone(field: Schema, defs: Schema, in_job: bool) -> Schema:
         {"$ref": ref} if in_job or kind == default else {"$ref": ref, "required": ["type"]} for ref, kind in kinds.items()
     ]
     rest = {key: value for key, value in field.items() if key not in ("oneOf", "$ref", "discriminator")}
-    return {"anyOf": [{"enum": sorted(kinds.values()), "type": "string"}, *mappings], **rest}
+    return {"anyOf": [{"enum": sorted(str(kind) for kind in kinds.values()), "type": "string"}, *mappings], **rest}
 
 
 def _type_of(branch: Schema, defs: Schema) -> str | None:

@@ -22,11 +22,14 @@ PLAIN_SECONDS = 10.0
 def quiet_libraries() -> None:
     """Let transformers and its kin speak only of errors; what matters of their warnings we say ourselves."""
     import warnings
+    from logging import CRITICAL
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity(CRITICAL)  # of a download that broke off, our one line tells
     warnings.filterwarnings("ignore", module="(transformers|torch|peft)")
 
 

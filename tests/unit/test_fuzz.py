@@ -86,9 +86,11 @@ def test_damaged_data(folder: Path, ending: str, changes: Any, packed: bool) -> 
         read(folder, f"damaged{ending}.gz", mutated(gzip.compress(raw), changes))
 
 
-KEYS = st.sampled_from(
-    ["messages", "conversations", "instruction", "input", "output", "history", "system", "tools", "prompt", "completion", "chosen", "rejected", "text", "weight", "role", "content", "from", "value", "tool_calls"]
-)
+KEYS = st.sampled_from([
+    "messages", "conversations", "instruction", "input", "output", "history", "system",
+    "tools", "prompt", "completion", "chosen", "rejected", "text", "weight",
+    "role", "content", "from", "value", "tool_calls",
+])  # fmt: skip
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "assistant", "[]"])
 )
@@ -110,9 +112,11 @@ def test_any_record(record: Any, form: str, columns: dict[str, str]) -> None:
     read_or_refuse(record, form, columns)
 
 
-FIELDS = st.sampled_from(
-    ["model", "data", "output", "method", "optimizer", "schedule", "mixing", "objective", "plan", "jobs", "name", "type", "r", "lr", "betas", "path", "columns", "weight", "steps", "epochs", "validation", "seed", "target_modules"]
-)
+FIELDS = st.sampled_from([
+    "model", "data", "output", "method", "optimizer", "schedule", "mixing", "objective",
+    "plan", "jobs", "name", "type", "r", "lr", "betas", "path",
+    "columns", "weight", "steps", "epochs", "validation", "seed", "target_modules",
+])  # fmt: skip
 nested = st.recursive(
     leaves | st.sampled_from(["lora", "cosine", "freeze", "interleave", "d.jsonl"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS | leaves, inner, max_size=4),

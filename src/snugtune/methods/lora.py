@@ -240,6 +240,7 @@ def _read_files(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
         config = PeftLoraConfig.from_pretrained(str(folder))
         with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
+        assert isinstance(config, PeftLoraConfig)
         numbers = [config.lora_alpha, *(dict(config.alpha_pattern) if config.alpha_pattern else {}).values()]
         if not isinstance(config.r, int) or not all(isinstance(n, (int, float)) for n in numbers):
             raise ValueError(f"{CONFIG_FILE}: r, lora_alpha and alpha_pattern must be numbers")
@@ -247,7 +248,6 @@ def _read_files(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
         raise InputError(f"{folder}: cannot be read as an adapter: {error}") from error
     if damaged := next((k for k, t in tensors.items() if not t.isfinite().all()), None):
         raise InputError(f"{folder / WEIGHTS_FILE}: '{damaged}' is not finite; the adapter is damaged or diverged")
-    assert isinstance(config, PeftLoraConfig)
     unsupported = [k for k in _UNSUPPORTED if getattr(config, k, None)]
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _PLAIN_INITS:
         unsupported.append(f"init_lora_weights={config.init_lora_weights} (it changes the base)")

@@ -106,5 +106,11 @@ def _silence_dropouts(config: Any) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
+    """What went wrong, shortly; of a download that broke off, what the network said, which transformers hides."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__module__.startswith("httpx"):
+            return f"the download broke off ({str(cause) or type(cause).__name__}); run the command again"
+        cause = cause.__cause__ or cause.__context__
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
