@@ -99,7 +99,6 @@ def _hub_records(source: SourceConfig) -> Records:
     """Rows of a dataset on the hub, by the `datasets` library, which runs no code that comes with them."""
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise InputError(
             f"data: no file {source.path} (looked from {Path.cwd()}); to read it as a dataset of the hub: "
@@ -110,6 +109,6 @@ def _hub_records(source: SourceConfig) -> Records:
         for number, row in enumerate(rows, 1):  # a stream may break off at any row
             assert isinstance(row, Mapping)
             yield f"{source.path}:{source.split}:{number}", row
-    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
+    except Exception as error:  # the network, the file's form, the library: each has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"data: '{source.path}' is neither a file here nor a dataset that the hub gives: {reason}") from error
