@@ -193,6 +193,14 @@ def data_show(
     show_data(read_config(config, set_ or ()), examples, console)
 
 
+@app.command()
+def schema() -> None:
+    """Print the config's JSON schema, for completion and checks in an editor."""
+    from snugtune.config_schema import config_schema_text
+
+    typer.echo(config_schema_text(), nl=False)
+
+
 def main() -> None:
     """Entry point of the `snugtune` command and of `python -m snugtune`."""
     app(prog_name="snugtune")

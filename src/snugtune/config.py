@@ -20,6 +20,8 @@ from snugtune.optim import AdamWConfig, ConstantConfig, OptimizerConfig, Schedul
 from snugtune.schema import Config
 
 DEFAULT_JOB = "default"
+MOST_FIELDS = 1000
+"""More than any mapping of a config has."""
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -100,8 +102,10 @@ class JobFields(Config):
     method: Annotated[MethodConfig, _typed("lora")] = Field(default=LoraConfig(), description="how the base is tuned")
     objective: Annotated[ObjectiveConfig, _typed("sft")] = Field(default=SftConfig(), description="what is minimised")
     batch_size: int = Field(default=16, ge=1, description="examples per optimizer step, whatever the micro-batch")
-    epochs: float | None = Field(default=None, gt=0, description="passes over the data (default 1, unless steps is given)")
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, le=1e6, description="passes over the data (default 1, unless steps is given)"
+    )
+    steps: int | None = Field(default=None, ge=1, le=10**9, description="optimizer steps, instead of epochs")
     validation: float | str | None = Field(default=None, description="fraction of the data to hold out, or the path of a file")
     eval_every: int | None = Field(
         default=None, ge=1, description="optimizer steps between evaluations (default: only at start and end)"
@@ -126,6 +130,8 @@ class JobFields(Config):
     def _fraction(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError("a fraction must lie between 0 and 1 (or give the path of a file)")
+        if value == "":
+            raise ValueError("an empty path; give a fraction, the path of a file, or nothing")
         return value
 
     @model_validator(mode="after")
@@ -250,12 +256,27 @@ def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without two surprises of version 1.1: `1e-4` is a number, and a date is the text it was written as."""
+    """Safe YAML without three surprises: `1e-4` is a number, a date is the text it was written as, no field comes twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class declares it)
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"'{key.value}' is given twice (first in line {seen[key.value]})"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_FIELDS:  # merges of merges grow without bounds
+            raise yaml.constructor.ConstructorError(None, None, "too many fields merged", node.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -266,7 +287,11 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    """Raises `yaml.YAMLError`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # values that belie their tag, bombs
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -278,7 +303,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"no config file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -334,7 +359,7 @@ def _child(place: Any, key: str, override: str) -> Any:
 
 
 def _index(place: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(place):
+    if not (key.isascii() and key.isdigit()) or int(key) >= len(place):
         raise InputError(f"--set {override}: '{key}' is not one of the list's {len(place)} positions (from 0)")
     return int(key)
 

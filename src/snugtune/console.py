@@ -1,5 +1,6 @@
 """What a person sees in the terminal: one calm live display, plain lines where there is no terminal."""
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,19 +31,11 @@ def quiet_libraries() -> None:
 
     Downloads keep their bars in a terminal, and elsewhere have none.
     """
-    import os
-    import sys
-    import warnings
 
-    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, by who needs it
-    warnings.filterwarnings("ignore", module="(transformers|torch|peft|datasets|huggingface_hub|tokenizers|accelerate)")
 
 
 class Console:
@@ -71,6 +64,8 @@ class Console:
         self.out.file.flush()
 
     def error(self, text: str) -> None:
+        """One line, whatever the text brings: line ends and control characters of files and libraries become blanks."""
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
     def ask(self, question: str, default: str = "") -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 
 from snugtune.errors import InputError, StorageError
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""What a file begins with that git left in place of a large one, until that is fetched."""
 _UNFINISHED = ".part-"
 """What the names of files and folders begin with until they are whole."""
 _LOCK = ".lock"
@@ -88,7 +91,13 @@ def remove_leftovers(folder: Path) -> None:
 
 def user_path(text: str, field: str) -> Path:
     """The path a user wrote in `field`, with `~` as the home folder. Raises `InputError`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise InputError(
+            f"{field}: '{text}' is an address, not a path; download it, and give its path here (or its id on the hub)"
+        )
     try:
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
         path = Path(text).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long; no such user; a NUL

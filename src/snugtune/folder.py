@@ -85,11 +85,15 @@ class RunFolder:
         try:
             return read_config(self.config).to_yaml()
         except InputError:
+            pass  # of an older version, or changed by hand: compared as it stands
+        try:
             return self.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"output: {self.config} cannot be read: {error}; give a new folder") from error
 
     def read_plan(self) -> dict[str, Any]:
         """`plan.json`, empty when there is none yet."""
-        return json.loads(self.plan.read_text(encoding="utf-8")) if self.plan.is_file() else {}
+        return read_json(self.plan) if self.plan.is_file() else {}
 
     def write_plan(self, planned: Planned, peak: int | None) -> None:
         """`peak`: measured, in bytes; None while the run goes on."""
@@ -119,7 +123,7 @@ def locate(path: Path, adapter: str | None = None) -> Located:
     """Find what `path` (a run or PEFT adapter folder) holds; `adapter` picks a job of several. Raises `InputError`."""
     if (path / CONFIG_FILE).is_file():
         name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
-        if not name:
+        if not isinstance(name, str) or not name:
             raise InputError(f"{path / CONFIG_FILE}: names no base model")
         return Located(name, path, name)
     if not (path / "config.yaml").is_file():

@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from snugtune.data.render import Renderer
+from snugtune.errors import InputError
 from snugtune.folder import locate
 from snugtune.memory.plan import plan_for_answers
 from snugtune.methods.lora import UNSTAMPED, Lora, is_stamped
@@ -38,9 +41,12 @@ class Tuned:
     def replies(
         self, conversations: Sequence[Conversation], sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> list[str]:
-        """Answer several conversations together."""
+        """Answer several conversations together. Raises `InputError` for one that the chat template refuses."""
         asked = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations]
-        prompts = [self.renderer.prompt(messages) for messages in asked]
+        try:
+            prompts = [self.renderer.prompt(messages) for messages in asked]
+        except TemplateError as error:
+            raise InputError(f"the chat template of '{self.base.name}' cannot render this conversation: {error}") from error
         return generate(self.base, self.job, prompts, self.renderer.stop_ids, sampling, on_text)
 
 

@@ -2,59 +2,20 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import assert_refused, command, contents, here, messages, write_config, write_lines
+from common import assert_refused, command, contents, here, messages, write_lines
 from safetensors.torch import load_file, save_file
+from spoil import RECORDS, TWO, config, edit, refused, remove, replace, truncate, unfinish
 from transformers import BertConfig, BertForMaskedLM, T5Config, ViTConfig
 
 from conftest import tiny_model, tiny_tokenizer
 
-RECORDS = [messages(f"Question {i}?", f"Answer {i}.") for i in range(6)]
-
-
-@pytest.fixture
-def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's working directory: a good config, its data and a model; temporary files and caches go here as well."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "cache/gguf").mkdir(parents=True)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(model_folder, tmp_path / "model")
-    write_lines(tmp_path / "data.jsonl", RECORDS)
-    config(tmp_path)
-    return tmp_path
-
-
-def config(place: Path, **fields: Any) -> Path:
-    """The good config with `fields` over it."""
-    good = {
-        "model": "./model",
-        "data": "data.jsonl",
-        "output": "out",
-        "max_seq_len": 64,
-        "batch_size": 2,
-        "steps": 3,
-        "checkpoint_every": 1,
-        "plan": {"weights": "fp32"},
-    }
-    return write_config(place / "config.yaml", **good | fields)
-
-
-def refused(place: Path, *args: str, named: tuple[str, ...]) -> str:
-    """Run the command, see it refused by name, with nothing on stdout and nothing changed on disk."""
-    before = contents(place)
-    ran = here(*args)
-    message = assert_refused(ran, *named)
-    assert ran.out == ""
-    assert contents(place) == before
-    return message
+pytest_plugins = ("places",)
 
 
 def test_the_config_the_cases_are_made_from_is_good(place: Path) -> None:
@@ -66,7 +27,6 @@ def test_the_config_the_cases_are_made_from_is_good(place: Path) -> None:
 
 # --- config -----------------------------------------------------------------------------------------------------------
 
-TWO = [{"name": "a"}, {"name": "b"}]
 FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "typo": ({"batchsize": 4}, ("config.yaml", "'batchsize'", "'batch_size'")),
     "name-of-another-tool": ({"learning_rate": 1e-4}, ("'learning_rate'", "'optimizer.lr'")),
@@ -269,12 +229,6 @@ def test_data_fields(place: Path, case: str) -> None:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def edit_json(path: Path, **changes: Any) -> None:
-    """Change top-level keys of a JSON file; None takes one out."""
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-
-
 def another_kind(config: Any) -> Callable[[Path], None]:
     return lambda model: config.save_pretrained(model)
 
@@ -283,27 +237,6 @@ def an_encoder(model: Path) -> None:
     """BERT is among transformers' causal models, but as it comes every token sees the answer it should learn to give."""
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(model)
-
-
-def truncate(name: str) -> Callable[[Path], None]:
-    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:-2000])
-
-
-def replace(name: str, raw: bytes) -> Callable[[Path], object]:
-    return lambda model: (model / name).write_bytes(raw)
-
-
-def edit(name: str, **changes: Any) -> Callable[[Path], None]:
-    return lambda model: edit_json(model / name, **changes)
-
-
-def remove(*patterns: str) -> Callable[[Path], None]:
-    def act(model: Path) -> None:
-        for pattern in patterns:
-            for path in model.glob(pattern):
-                path.unlink()
-
-    return act
 
 
 def drop_a_tensor(model: Path) -> None:
@@ -435,39 +368,9 @@ def test_demo_output_that_is_a_file(place: Path) -> None:
     assert contents(place) == before
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """A place with finished runs of one job (`out`) and of two (`two`): made once, copied for each test."""
-    from snugtune.config import read_config
-    from snugtune.run import train
-
-    place = tmp_path_factory.mktemp("finished")
-    write_lines(place / "data.jsonl", RECORDS)
-    # As in `config`, but with the model's full path: a copy of this place refers to the same one.
-    shutil.copytree(model_folder, place / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        train(read_config(config(place)))
-        train(read_config(config(place, output="two", jobs=TWO)))
-    return place
-
-
-@pytest.fixture
-def ran(place: Path, finished: Path) -> Path:
-    """`place` with the finished runs `out` and `two` in it."""
-    for run in ("out", "two"):
-        shutil.copytree(finished / run, place / run)
-    return place
-
-
 def test_changed_config_is_refused_with_a_diff(ran: Path) -> None:
     config(ran, seed=7)
     refused(ran, "train", "config.yaml", named=("output", "out holds a run of another config", "-seed: 0", "+seed: 7"))
-
-
-def unfinish(run: Path) -> None:
-    for result in run.glob("adapters/*"):
-        shutil.rmtree(result)
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {

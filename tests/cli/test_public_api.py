@@ -130,6 +130,7 @@ COMMANDS = {
     "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "doctor": ["--help", "--json", "--quick"],
     "report": ["--help", "--open", "--output", "run"],
+    "schema": ["--help"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""

@@ -14,9 +14,12 @@ import torch
 from pydantic import Field
 
 from snugtune.data.pack import derive_seed
+from snugtune.errors import InputError
 from snugtune.schema import Config
 
 T = TypeVar("T")
+MOST_REPEATS = 1000
+"""An epoch of a mixture is at most so many times as long as its sources together."""
 
 
 class ConcatConfig(Config):
@@ -38,9 +41,13 @@ def interleave(sizes: Sequence[int], weights: Sequence[float], until: Literal["f
     """(source, index) of an epoch's examples. After any number of turns each source had its share, to within one turn.
 
     Of the sources that are behind their share, the one whose next turn is due first (Tijdeman 1980, "The chairman
-    assignment problem"). All sizes are at least 1.
+    assignment problem"). All sizes are at least 1. Raises `InputError` for weights that would repeat a source without end.
     """
-    shares = [weight / sum(weights) for weight in weights]
+    shares = [weight / max(weights) for weight in weights]
+    shares = [share / sum(shares) for share in shares]  # in two steps: the sum of huge weights is not finite
+    if until == "last" and any(size > MOST_REPEATS * sum(sizes) * share for size, share in zip(sizes, shares, strict=True)):
+        raise InputError(f"data: with these weights an epoch repeats sources over {MOST_REPEATS} times; bring each weight nearer "
+                         "to the others, or set mixing.until: first")  # fmt: skip
     taken = [0] * len(sizes)
     order: list[tuple[int, int]] = []
     while until == "first" or any(t < size for t, size in zip(taken, sizes, strict=True)):

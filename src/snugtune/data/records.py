@@ -3,6 +3,7 @@
 Each record comes with its place, `file:line` (`file:row` in tables without lines). Syntax errors are refused with it.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.errors import InputError
+from snugtune.files import LFS_POINTER
 
 Records = Iterator[tuple[str, Any]]
 Numbered = Iterator[tuple[int, Any]]
@@ -22,14 +24,15 @@ Numbered = Iterator[tuple[int, Any]]
 def read_records(path: Path) -> Records:
     """(place, record) of a file, or of all readable files in a folder, by name. Raises `InputError`."""
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in READERS)
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in READERS and not _hidden(p, path))
         if not found:
             raise InputError(f"data: folder {path} holds no file that snugtune reads ({ENDINGS})")
         for file in found:
             yield from read_records(file)
         return
     if not path.is_file():
-        raise InputError(f"data: no file {path} (looked from {Path.cwd()})")
+        wrong = f"{path} is no regular file" if path.exists() else f"no file {path} (looked from {Path.cwd()})"
+        raise InputError(f"data: {wrong}")
     if _ending(path) not in READERS:
         raise InputError(f"data: {path}: unknown ending '{path.suffix}'; snugtune reads {ENDINGS}")
     for line, record in READERS[_ending(path)](_read(path), path):
@@ -41,25 +44,56 @@ def _ending(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether `file` is none of the user's own: of `.git`, `.ipynb_checkpoints`, `.cache` and the like."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def _read(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"data: {path} is not a whole gzip file: {error}") from error
     except OSError as error:
         raise InputError(f"data: {path} cannot be read: {error.strerror}") from error
+    if mistaken := _mistaken_for_data(raw, path):
+        raise InputError(f"data: {path} is {mistaken}")
+    return raw
+
+
+def _mistaken_for_data(raw: bytes, path: Path) -> str | None:
+    """What a file is that has the right name and yet cannot be data, and what to do."""
+    if raw.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'"
+    if raw.startswith(b"\x1f\x8b"):
+        return "compressed twice; unpack it once" if path.suffix == ".gz" else f"gzip-compressed; name it {path.name}.gz"
+    if raw.startswith(b"PAR1") and _ending(path) != ".parquet":
+        return "a parquet file; name it .parquet"
+    if _ending(path) != ".txt" and raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page (HTML), not data; download the file itself"
+    return None
 
 
 def _decoded(raw: bytes, path: Path) -> str:
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8").lstrip("\ufeff")  # byte order marks, which some tools add once more
     except UnicodeDecodeError as error:
-        raise InputError(f"data: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        wide = " (it looks like UTF-16 or UTF-32)" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+        raise InputError(f"data: {path} is not UTF-8 (byte {error.start}); save it as UTF-8{wide}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"data: {path}:{line}: a NUL, which no text has; save it as UTF-8 (is it UTF-16, or damaged?)")
+    return text
 
 
 def _json_lines(raw: bytes, path: Path) -> Numbered:
-    yield from _lines_of_json(_decoded(raw, path), path)
+    text = _decoded(raw, path)
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] == "[":
+        line = text.count("\n", 0, start) + 1
+        raise InputError(f"data: {path}:{line}: a JSON array, where one record a line is expected; name it .json")
+    yield from _lines_of_json(text, path)
 
 
 def _csv_rows(raw: bytes, path: Path) -> Numbered:
@@ -71,6 +105,8 @@ def _csv_rows(raw: bytes, path: Path) -> Numbered:
     line = 1
     try:
         names = rows.fieldnames or []
+        if rows.fieldnames == []:
+            raise InputError(f"data: {path}:1: blank, where the header's names are expected")
         if len(set(names)) < len(names) or "" in names:
             raise InputError(f"data: {path}:1: the header needs a name of its own for each column")
         line = rows.line_num + 1
@@ -94,7 +130,7 @@ def _parquet_rows(raw: bytes, path: Path) -> Numbered:
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from enumerate(rows, 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data: {path} is not a whole parquet file: {error}") from error
+        raise InputError(f"data: {path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _document(raw: bytes, path: Path) -> Numbered:
@@ -127,6 +163,7 @@ def _json_array(raw: bytes, path: Path) -> Numbered:
     text = _decoded(raw, path)
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] == "{":
+        _check_not_one(text, path)
         yield from _lines_of_json(text, path)
         return
     if text[start : start + 1] != "[":
@@ -152,6 +189,17 @@ def _json_array(raw: bytes, path: Path) -> Numbered:
             at += 1
         elif text[at : at + 1] != "]":
             raise InputError(f"data: {path}:{text.count(chr(10), 0, at) + 1}: the array breaks off here (expected ',' or ']')")
+
+
+def _check_not_one(text: str, path: Path) -> None:
+    """Refuse one object over several lines, of which JSON lines would only say that the first is broken off."""
+    first = text.strip().split("\n", 1)
+    if len(first) > 1 and not first[0].rstrip().endswith("}"):
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        raise InputError(f"data: {path}:1: one object over several lines; an array of records is expected ('[')")
 
 
 def _skip(text: str, at: int, blanks: str) -> int:

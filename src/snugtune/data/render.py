@@ -87,7 +87,7 @@ class Renderer:
                 tokenize=False,
                 add_generation_prompt=for_answer,
             )
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     def prompt(self, messages: Messages, tools: Tools = ()) -> list[int]:
@@ -143,7 +143,9 @@ class Renderer:
         except TemplateError as error:
             raise InputError(f"model: its chat template cannot render a question and an answer: {error}") from error
         _, found, tail = text.rpartition(_MARK)
-        after = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+        if not found:
+            raise InputError("model: its chat template leaves out what is answered; nothing could be learned through it")
+        after = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         end = next((token for token in after if token in control), None)
         if end is None:

@@ -99,6 +99,9 @@ def _records(source: SourceConfig) -> Records:
     path = user_path(source.path, "data")
     if not path.exists() and _HUB_ID.fullmatch(source.path) and path.suffix not in {*READERS, ".gz"}:
         return _hub_records(source)
+    for name in ("split", "subset", "streaming"):
+        if getattr(source, name) != SourceConfig.model_fields[name].default:
+            raise InputError(f"data: '{name}' is for datasets of the hub, and {path} is no id of one; leave it out")
     return read_records(path)
 
 
@@ -106,7 +109,6 @@ def _hub_records(source: SourceConfig) -> Records:
     """Rows of a dataset on the hub, by the `datasets` library, which runs no code that comes with them."""
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise InputError(
             f"data: no file {source.path} (looked from {Path.cwd()}); to read it as a dataset of the hub: "
@@ -117,6 +119,6 @@ def _hub_records(source: SourceConfig) -> Records:
         for number, row in enumerate(rows, 1):  # a stream may break off at any row
             assert isinstance(row, Mapping)
             yield f"{source.path}:{source.split}:{number}", row
-    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
+    except Exception as error:  # the network, the file's form, the library: each has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"data: '{source.path}' is neither a file here nor a dataset that the hub gives: {reason}") from error

@@ -47,7 +47,7 @@ class LoraConfig(Config):
     """Train low-rank updates of the base's linears; the base stays as it is."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(default=8, ge=1, description="rank of the updates")
+    r: int = Field(default=8, ge=1, le=2**16, description="rank of the updates")
     lora_alpha: float = Field(default=16, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of the update, while training")
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
@@ -247,9 +247,14 @@ def _read_files(folder: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
         config = PeftLoraConfig.from_pretrained(str(folder))
         with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (ValueError, TypeError, SafetensorError, OSError) as error:
+        assert isinstance(config, PeftLoraConfig)
+        numbers = [config.lora_alpha, *(dict(config.alpha_pattern) if config.alpha_pattern else {}).values()]
+        if not isinstance(config.r, int) or not all(isinstance(n, (int, float)) for n in numbers):
+            raise ValueError(f"{CONFIG_FILE}: r, lora_alpha and alpha_pattern must be numbers")
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError, OSError) as error:
         raise InputError(f"{folder}: cannot be read as an adapter: {error}") from error
-    assert isinstance(config, PeftLoraConfig)
+    if damaged := next((k for k, t in tensors.items() if not t.isfinite().all()), None):
+        raise InputError(f"{folder / WEIGHTS_FILE}: '{damaged}' is not finite; the adapter is damaged or diverged")
     unsupported = [k for k in _UNSUPPORTED if getattr(config, k, None)]
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _PLAIN_INITS:
         unsupported.append(f"init_lora_weights={config.init_lora_weights} (it changes the base)")
@@ -295,7 +300,8 @@ def _matched(
     """The stored A and B of one site, checked against the base's shapes, and their scale."""
     a, b = (tensors.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
     width_out, width_in = FrozenLinear.shape_of(layer)
-    if a is None or b is None or a.shape[1] != width_in or b.shape != (width_out, len(a)):
+    rank = 0 if a is None or a.dim() == 0 else len(a)
+    if a is None or b is None or not rank or a.shape != (rank, width_in) or b.shape != (width_out, rank):
         raise InputError(f"{folder}: the weights for '{name}' do not fit '{base_name}'; wrong base?")
     pattern = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)

@@ -64,6 +64,8 @@ class Base:
         self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
         self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
         self.moe = _count_experts(model) is not None
+        if not proofs.is_finite(model, self.body):
+            raise InputError(f"model: the weights of '{name}' give states that are not finite; its files may be damaged")
         if proofs.sees_ahead(model, self.body, self.moe):
             kind = model.config.model_type
             raise InputError(f"model: '{name}' ({kind}) is not a causal language model: its tokens see those after them")

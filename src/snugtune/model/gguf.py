@@ -15,6 +15,7 @@ from typing import Any
 
 from snugtune.errors import InputError
 from snugtune.files import cache_dir, claimed, make_folder, remove_leftovers, whole_folder
+from snugtune.model.gguf_header import check_gguf
 
 # Byte-level vocabularies whose merges were learned on single digits, and that transformers does not know by name:
 # digits are cut out one by one before GPT-2's split (llama.cpp, `llama-vocab.cpp`).
@@ -30,7 +31,7 @@ def converted(file: Path, say: Callable[[str], None]) -> tuple[Path, tuple[str, 
     key = f"{FORMAT}:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     target = cache_dir() / "gguf" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (target / "config.json").is_file():
-        _check_header(file)
+        check_gguf(file)
         say(f"unpacking {file.name} (once; kept in {target.parent})")
         make_folder(target.parent)
         with claimed(target.parent, wait=True):
@@ -48,12 +49,6 @@ def _convert_apart(file: Path, target: Path) -> None:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"model: {file} could not be read as GGUF: {last}")
-
-
-def _check_header(file: Path) -> None:
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"model: {file} is not a GGUF file (its first bytes are not 'GGUF')")
 
 
 def convert(source: Path, target: Path) -> None:

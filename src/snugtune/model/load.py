@@ -37,6 +37,10 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfi
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config.json can trip transformers up in any way
+        if "custom code" in str(error):
+            raise InputError(
+                f"model: '{source.name}' brings code of its own; set trust_remote_code: true if you trust its source"
+            ) from error
         raise InputError(f"model: cannot load '{source.name}': {_first_line(error)}{source.hint}") from error
     if config.is_encoder_decoder:
         raise InputError(f"model: '{source.name}' ({config.model_type}) is an encoder-decoder, not a decoder-only model")
@@ -54,6 +58,8 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> tuple[PreTra
         raise InputError(f"model: cannot load the tokenizer of '{source.name}': {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(f"model: the tokenizer of '{source.name}' gives no character offsets; a tokenizer.json is needed")
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise InputError(f"model: the tokenizer of '{source.name}' makes no tokens of text; its vocabulary is empty or damaged")
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer of '{source.name}' has no eos_token; answers could never end")
     notes = []
@@ -84,6 +90,11 @@ def load_model(
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise InputError(f"model: '{source.name}' lacks {len(missing)} weights its config asks for (first: {missing[0]})")
+    unused = sorted(str(k) for k in info["unexpected_keys"])
+    if unused:
+        notes.append(
+            f"{len(unused)} of its stored weights are not used, since its config does not ask for them ({unused[0]}, ...)"
+        )
     model.to(device)  # pyright: ignore[reportArgumentType]
     return model, notes
 
@@ -98,5 +109,11 @@ def _silence_dropouts(config: Any) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
+    """What went wrong, shortly; of a download that broke off, what the network said, which transformers hides."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__module__.startswith("httpx"):
+            return f"the download broke off ({str(cause) or type(cause).__name__}); run the command again"
+        cause = cause.__cause__ or cause.__context__
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -52,6 +52,12 @@ def borders(batch: Batch, device: torch.device) -> dict[str, object]:
             "max_length_q": longest, "max_length_k": longest}  # fmt: skip
 
 
+def is_finite(model: PreTrainedModel, body: PreTrainedModel | None) -> bool:
+    """Whether a short text gives finite states; damaged weights do not."""
+    with _mode(model, training=False):
+        return bool(states(model, body, input_ids=_probe_batch(model).input_ids[:, :17]).isfinite().all())
+
+
 def sees_ahead(model: PreTrainedModel, body: PreTrainedModel | None, moe: bool) -> bool:
     """Whether later tokens change earlier states: such a model knows the answers it is to learn."""
     ids = _probe_batch(model).input_ids[:, :17]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snugtune.errors import InputError
-from snugtune.files import user_path
+from snugtune.files import LFS_POINTER, user_path
 from snugtune.model.gguf import converted
 
 Say = Callable[[str], None]
@@ -44,12 +44,20 @@ def find_model(reference: str, say: Say = mute) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model: folder {path} holds no config.json; give the folder of a transformers model")
+        _check_fetched(path)
         return ModelSource(reference, str(path))
     if path.is_file():
         raise InputError(f"model: {path} is a file; give a folder of a transformers model or a .gguf file")
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise InputError(f"model: no folder {path}")
     return ModelSource(reference, reference)
+
+
+def _check_fetched(folder: Path) -> None:
+    """Refuse a clone whose large files are still git's pointers to them."""
+    for file in sorted(folder.glob("*.*")):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            raise InputError(f"model: {file} is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'")
 
 
 def _demo(say: Say) -> ModelSource:

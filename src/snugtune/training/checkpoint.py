@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from snugtune.errors import InputError
 from snugtune.files import read_json, whole_folder
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
-from snugtune.types import Plan
+from snugtune.types import Plan, Recompute, Width
 
 FORMAT = 3
 
@@ -36,16 +36,19 @@ class Checkpoint:
 
     def restore(self, job: Job) -> None:
         """Bring a freshly started job to where it stood. Raises `InputError` when its data is not what it was."""
-        if self.jobs[job.name]["data"] != job.data.fingerprint:
+        numbers = self.jobs.get(job.name, {})
+        if not {"data", "step", "skipped_in_a_row", "scaler"} <= numbers.keys():
+            raise InputError(f"{self.folder}: knows too little of job '{job.name}'; delete it to go on from the one before")
+        if numbers["data"] != job.data.fingerprint:
             raise InputError(
                 f"data: the examples of job '{job.name}' are not those that {self.folder} was trained on (a file, the "
                 "tokenizer or the chat template has changed); bring them back, or give a new output folder"
             )
         try:
-            tensors = load_file(self.folder / f"{job.name}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.folder}: the checkpoint of job '{job.name}' cannot be read: {error}") from error
-        job.load_state(tensors, self.jobs[job.name])
+            job.load_state(load_file(self.folder / f"{job.name}.safetensors"), numbers)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            why = f"the checkpoint of job '{job.name}' cannot be read: {error}"
+            raise InputError(f"{self.folder}: {why}; delete it to go on from the one before") from error
 
 
 def save_checkpoint(
@@ -110,9 +113,22 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
         state = read_json(newest / "run.json")
         if state["format"] != FORMAT:
             raise InputError(f"{newest}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
-        return Checkpoint(newest, state["step"], Plan(**state["plan"]), state["base"], state["jobs"], state["pending"])
-    except (InputError, KeyError, TypeError) as error:
+        found = Checkpoint(newest, state["step"], Plan(**state["plan"]), state["base"], state["jobs"], state["pending"])
+        _check_types(found)
+        return found
+    except (InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{newest}: cannot be used ({error}); delete it to go on from the one before") from error
+
+
+def _check_types(found: Checkpoint) -> None:
+    """Raises `ValueError` or `TypeError` for values that no checkpoint holds."""
+    for name, allowed in (("weights", get_args(Width)), ("recompute", get_args(Recompute)), ("device", ("cpu", "cuda"))):
+        if getattr(found.plan, name) not in allowed:
+            raise ValueError(f"plan: {name} is {getattr(found.plan, name)!r}")
+    if not isinstance(found.step, int) or not isinstance(found.jobs, dict):
+        raise ValueError("its step or its jobs are not what they should be")
+    for fields in found.pending:
+        StepMetrics(**fields)
 
 
 def _folders(root: Path) -> list[Path]:

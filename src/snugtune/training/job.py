@@ -135,12 +135,22 @@ class Job:
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = value
+        self._check_optimizer_state(state)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for name in _COUNTERS:
             setattr(self, name, numbers[name])
         self.best = None if numbers["best"] is None else Best(**numbers["best"])
         if self.scaler is not None and numbers["scaler"]:
             self.scaler.load_state_dict(numbers["scaler"])
+
+    def _check_optimizer_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Each parameter that trains has its state, of its own shape. Raises `ValueError`."""
+        parameters = self.optimizer.param_groups[0]["params"]
+        if set(state) != set(range(len(parameters))):
+            raise ValueError("the optimizer's state is not that of its weights")
+        for index, entry in state.items():
+            if any(value.dim() > 0 and value.shape != parameters[index].shape for value in entry.values()):
+                raise ValueError("the optimizer's state has other shapes than its weights")
 
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from snugtune.errors import StorageError
+from snugtune.errors import InputError, StorageError
 from snugtune.files import write_whole
 
 
@@ -76,16 +77,31 @@ class MetricsFile:
         self._stream.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, object]]:
-    """All complete lines of a metrics file."""
-    return [json.loads(line) for line in _complete_lines(path)]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics file. Raises `InputError` when it is gone or damaged."""
+    return [_entry(path, line) for line in _complete_lines(path)]
 
 
 def _up_to(path: Path, resume_at: Mapping[str, int]) -> list[str]:
-    lines = _complete_lines(path)
-    return [line for line in lines if (entry := json.loads(line))["step"] <= resume_at.get(entry["job"], -1)]
+    entries = [(line, _entry(path, line)) for line in _complete_lines(path)]
+    return [line for line, entry in entries if entry["step"] <= resume_at.get(entry["job"], -1)]
+
+
+def _entry(path: Path, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or not isinstance(entry.get("job"), str):
+        raise InputError(f"{path}: damaged, a line of it is no step of a job; bring it back, or give a new output folder")
+    return entry
 
 
 def _complete_lines(path: Path) -> list[str]:
     """A kill can leave half a last line; it is not counted."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); bring it back, or give a new output folder") from error
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,64 @@
+"""Models and data of the hub, from a server of our own: it works, and it breaks in each of the ways that networks do."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from common import SNUGTUNE, Ran, assert_refused, write_lines
+from hub import Hub, serving
+from spoil import RECORDS, config
+
+pytest_plugins = ("places",)
+
+
+def online(place: Path, hub: Hub) -> Ran:
+    """`snugtune train` in a process that takes `hub` for the hub, with an empty cache. (The address is read at import.)"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(place / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+           "HF_HUB_ETAG_TIMEOUT": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}  # fmt: skip
+    done = subprocess.run(
+        [*SNUGTUNE, "train", "config.yaml"], cwd=place, env=env | own, capture_output=True, text=True, timeout=120
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def hub(place: Path) -> Hub:
+    (place / "rows").mkdir()
+    write_lines(place / "rows/train.jsonl", RECORDS)
+    return Hub({"models/org/tiny": place / "model", "datasets/org/talks": place / "rows"})
+
+
+def test_model_and_data_of_the_hub(place: Path, hub: Hub) -> None:
+    config(place, model="org/tiny", data="org/talks")
+    with serving(hub):
+        ran = online(place, hub)
+    assert ran.code == 0, "\n".join([ran.err[-3000:], *hub.asked])
+    assert "6 training examples" in ran.err
+    assert (place / "out/adapters/default/adapter_model.safetensors").is_file()
+
+
+TROUBLES: dict[str, tuple[str | int, str, tuple[str, ...]]] = {
+    "gated": (403, "config.json", ("model", "org/tiny")),
+    "cut-off": ("cut", "model.safetensors", ("model", "org/tiny", "download broke off")),
+    "hanging": ("hang", "model.safetensors", ("model", "org/tiny")),
+    "server-error": (500, "model.safetensors", ("model", "org/tiny")),
+    "unknown": (404, "config.json", ("model", "org/tiny")),
+    "not-allowed": (401, "config.json", ("model", "org/tiny")),
+    "data-cut-off": ("cut", "train.jsonl", ("data", "org/talks")),
+}
+
+
+PATIENT = ("cut-off", "hanging", "server-error", "data-cut-off")  # huggingface_hub tries again, for up to half a minute
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in PATIENT else ()) for c in TROUBLES])
+def test_downloads_that_fail(place: Path, hub: Hub, case: str) -> None:
+    trouble, spoiled, named = TROUBLES[case]
+    hub.trouble, hub.spoiled = trouble, spoiled
+    config(place, model="org/tiny", data="org/talks" if named[0] == "data" else "data.jsonl")
+    with serving(hub):
+        ran = online(place, hub)
+    assert_refused(ran, *named)
+    assert not (place / "out").exists()
