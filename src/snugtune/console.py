@@ -31,11 +31,22 @@ def quiet_libraries() -> None:
 
     Downloads keep their bars in a terminal, and elsewhere have none.
     """
+    import os
+    import sys
+    import warnings
+    from logging import CRITICAL
 
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity(CRITICAL)  # of a download that broke off, our one line tells
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, by who needs it
+    warnings.filterwarnings("ignore", module="(transformers|torch|peft|datasets|huggingface_hub|tokenizers|accelerate)")
 
 
 class Console:

@@ -112,6 +112,7 @@ def test_train_writes_the_run_folder(trained: Trained) -> None:
         "config.yaml",
         "data.json",
         "plan.json",
+        "report.html",
         "metrics.jsonl",
         *(f"adapters/default/{name}" for name in adapter),
         *(f"checkpoints/step-000000{step}/{name}" for step in (20, 40) for name in ("run.json", "default.safetensors")),

@@ -152,13 +152,10 @@ def _config(run: RunFolder, problems: list[str]) -> RunConfig | None:
 
 def _plan(run: RunFolder, problems: list[str]) -> dict[str, Any]:
     try:
-        plan = run.read_plan()
-    except (OSError, ValueError):
-        plan = None
-    if isinstance(plan, dict):
-        return plan
-    problems.append("plan.json cannot be read")
-    return {}
+        return run.read_plan()
+    except InputError:
+        problems.append("plan.json cannot be read")
+        return {}
 
 
 def _data(run: RunFolder, problems: list[str]) -> dict[str, DataFacts]:

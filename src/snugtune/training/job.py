@@ -119,38 +119,34 @@ class Job:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain numbers that bring this job back exactly where it stands."""
         tensors = {f"weights.{k}": v for k, v in self.attached.state().items()}
-        plain: dict[str, dict[str, Any]] = {}  # what an optimizer counts in Python numbers
+        optimizer: dict[str, dict[str, Any]] = {}
         for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
-            plain[str(index)] = {k: v for k, v in entry.items() if not isinstance(v, Tensor)}
+            large = {k: v for k, v in entry.items() if isinstance(v, Tensor)}
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in large.items()}
+            plain = {k: v for k, v in entry.items() if k not in large}  # what it counts in Python numbers
+            optimizer[str(index)] = {"numbers": plain, "tensors": {k: list(v.shape) for k, v in large.items()}}
         numbers = {name: getattr(self, name) for name in _COUNTERS}
         numbers["best"] = None if self.best is None else asdict(self.best)
         numbers["scaler"] = None if self.scaler is None else self.scaler.state_dict()
-        return tensors, numbers | {"optimizer": plain, "data": self.data.fingerprint}
+        return tensors, numbers | {"optimizer": optimizer, "data": self.data.fingerprint}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
-        state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in numbers["optimizer"].items()}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value
-        self._check_optimizer_state(state)
+        named = {f"optimizer.{index}.{k}" for index, entry in numbers["optimizer"].items() for k in entry["tensors"]}
+        if named != {key for key in tensors if key.startswith("optimizer.")}:
+            raise ValueError("the optimizer's state is not that of its weights")
+        state: dict[int, dict[str, Any]] = {}
+        for index, entry in numbers["optimizer"].items():
+            large = {name: tensors[f"optimizer.{index}.{name}"] for name in entry["tensors"]}
+            if any(list(tensor.shape) != entry["tensors"][name] for name, tensor in large.items()):
+                raise ValueError("the optimizer's state has other shapes than its weights")
+            state[int(index)] = {**entry["numbers"], **large}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for name in _COUNTERS:
             setattr(self, name, numbers[name])
         self.best = None if numbers["best"] is None else Best(**numbers["best"])
         if self.scaler is not None and numbers["scaler"]:
             self.scaler.load_state_dict(numbers["scaler"])
-
-    def _check_optimizer_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Each parameter that trains has its state, of its own shape. Raises `ValueError`."""
-        parameters = self.optimizer.param_groups[0]["params"]
-        if set(state) != set(range(len(parameters))):
-            raise ValueError("the optimizer's state is not that of its weights")
-        for index, entry in state.items():
-            if any(value.dim() > 0 and value.shape != parameters[index].shape for value in entry.values()):
-                raise ValueError("the optimizer's state has other shapes than its weights")
 
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
