@@ -21,6 +21,7 @@ from snugtune import errors
 from snugtune.cli import app
 from snugtune.config import JobConfig, JobFields, RunConfig
 from snugtune.data.sources import SourceConfig
+from snugtune.run import RunResult
 from snugtune.schema import Config
 from snugtune.training.metrics import Sample, StepMetrics
 
@@ -55,10 +56,10 @@ PYTHON = """\
 
 | call | what it does |
 |---|---|
-| `snugtune.train(config)` | trains; `config` is a mapping of the fields above, or the path of a YAML file. Returns a \
-`RunResult`: `folder`, `artefacts` (job -> folder), `metrics`, `peak_bytes`, `seconds`, `already_finished` |
-| `snugtune.load(run, adapter=None, trust_remote_code=False)` | loads what a run trained, or a PEFT adapter folder. \
-Returns a `Tuned`: `reply(question)` and `replies([...], sampling)` |
+| `snugtune.train(config)` | trains; `config`: a mapping of the fields above, or the path of a YAML file; returns a `RunResult` |
+| `snugtune.load(run, adapter=None, trust_remote_code=False)` | loads a run's or a PEFT adapter's folder; returns a `Tuned` |
+| `RunResult` | {result} |
+| `Tuned` | `reply(question)` answers a question or a list of messages; `replies([...], sampling)` several together |
 | `snugtune.errors.SnugtuneError` | the base of every error that you can mend; its text is what the command prints |
 """
 
@@ -275,6 +276,11 @@ def value_of(kind: Any, info: Any) -> str:
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
+def python_chapter() -> str:
+    names = ", ".join(f"`{field.name}`" for field in fields(RunResult))
+    return PYTHON.format(result=f"{paragraph(RunResult.__doc__ or '')} Fields: {names}")
+
+
 def exit_codes_chapter() -> Iterator[str]:
     yield "## Exit codes\n"
     rows = [("0", "done", "")]
@@ -314,7 +320,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def reference() -> str:
-    chapters = (config_chapter(), commands_chapter(), [PYTHON], exit_codes_chapter(), folder_chapter())
+    chapters = (config_chapter(), commands_chapter(), [python_chapter()], exit_codes_chapter(), folder_chapter())
     return "\n".join(part for chapter in chapters for part in chapter)
 
 
