@@ -34,8 +34,10 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# What is written from the code's own descriptions. Each appears whole: a command that fails leaves the old.
 docs: setup
-	$(BIN)/python docs/make_reference.py > docs/.reference && mv docs/.reference docs/reference.md
+	$(BIN)/snugtune schema > .schema && mv .schema src/snugtune/config.schema.json
+	$(BIN)/python docs/make_reference.py > .reference && mv .reference docs/reference.md
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
