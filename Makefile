@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup demo test test-unit check clean
+.PHONY: setup demo test test-unit check docs clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# What is written from the code's own descriptions. Each appears whole: a command that fails leaves the old.
+docs: setup
+	$(BIN)/snugtune schema > .schema && mv .schema src/snugtune/config.schema.json
+	$(BIN)/python docs/make_reference.py > .reference && mv .reference docs/reference.md
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -16,22 +16,22 @@ from snugtune.files import write_whole
 class StepMetrics:
     """One optimizer step of one job. Step 0 is the state before training and carries an evaluation only."""
 
-    job: str
-    step: int  # from 1
-    total_steps: int
+    job: str  # name of the job
+    step: int  # from 1; 0 is before training
+    total_steps: int  # of the job
     epoch: float  # passes over the data so far
     loss: float | None = None  # mean over the step's label weights; None where it is not finite
     examples: int = 0  # of the step
     tokens: int = 0  # non-padding tokens of the step
-    label_tokens: int = 0
+    label_tokens: int = 0  # of these, those that are trained
     total_tokens: int = 0  # of the job so far
-    total_label_tokens: int = 0
-    lr: float | None = None
+    total_label_tokens: int = 0  # of these, those that were trained
+    lr: float | None = None  # learning rate of the step
     grad_norm: float | None = None  # before clipping
     skipped: bool = False  # the gradient was not finite; nothing was updated
-    tokens_per_second: float | None = None
+    tokens_per_second: float | None = None  # of all jobs together, in this step
     peak_memory: int = 0  # bytes, of the whole process (CPU) or device (CUDA)
-    eval_loss: float | None = None  # None where there was no evaluation, or where it is not finite
+    eval_loss: float | None = None  # held-out loss; None where there was no evaluation, or where it is not finite
     eval_tokens: int | None = None  # label tokens evaluated
 
 
@@ -39,11 +39,11 @@ class StepMetrics:
 class Sample:
     """What a job answered at a step; step 0 is before training."""
 
-    job: str
-    step: int
-    index: int  # which prompt
-    prompt: str
-    answer: str
+    job: str  # name of the job
+    step: int  # after which it was asked
+    index: int  # which prompt, from 0
+    prompt: str  # as a person would write it
+    answer: str  # without the token that ends it
 
 
 class MetricsFile:
