@@ -263,6 +263,7 @@ def _kept(variable: str) -> Iterator[None]:
 
 def _trackio(opening: Opening) -> Opened:
     import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
     from accelerate.tracking import TrackioTracker
 
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
@@ -277,7 +278,7 @@ def _trackio(opening: Opening) -> Opened:
         auto_log_gpu=False,
     )
     tracker.start()
-    where = f"trackio show --project {project}  (run {key}, in {trackio.TRACKIO_DIR})"
+    where = f"trackio show --project {project}  (run {key}, in {TRACKIO_DIR})"
     return Opened(tracker, where, trackio.finish, key)  # not tracker.finish: trackio would finish it again, aloud, at exit
 
 
