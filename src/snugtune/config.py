@@ -60,6 +60,13 @@ class SamplesConfig(Config):
     count: int = Field(default=3, ge=1, description="how many examples to ask where no prompts are given")
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
 
+    @field_validator("prompts")
+    @classmethod
+    def _something_asked(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not prompt.strip() for prompt in value):
+            raise ValueError("an empty prompt asks nothing")
+        return value
+
     @property
     def wanted(self) -> bool:
         return self.every is not None or bool(self.prompts)
@@ -135,21 +142,6 @@ class JobFields(Config):
         return value
 
     @model_validator(mode="after")
-    def _weights_count(self) -> "JobFields":
-        weighted = next((i for i, source in enumerate(self.data) if source.weight != 1.0), None)
-        if weighted is not None and not isinstance(self.mixing, InterleaveConfig):
-            raise ValueError(f"data.{weighted}.weight: only counts where sources are interleaved; set mixing: interleave")
-        return self
-
-    @model_validator(mode="after")
-    def _judged_by_something(self) -> "JobFields":
-        for field, given in (("early_stopping", self.early_stopping is not None), ("keep_best", self.keep_best)):
-            if given and (self.validation is None or self.eval_every is None):
-                missing = "validation" if self.validation is None else "eval_every"
-                raise ValueError(f"{field}: needs {missing}, to know the held-out loss in between")
-        return self
-
-    @model_validator(mode="after")
     def _one_length(self) -> "JobFields":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
@@ -164,9 +156,24 @@ class JobConfig(JobFields):
     )
 
     @model_validator(mode="after")
+    def _weights_count(self) -> "JobConfig":
+        weighted = next((i for i, source in enumerate(self.data) if source.weight != 1.0), None)
+        if weighted is not None and not isinstance(self.mixing, InterleaveConfig):
+            raise ValueError(f"data.{weighted}.weight: only counts where sources are interleaved; set mixing: interleave")
+        return self
+
+    @model_validator(mode="after")
+    def _judged_by_something(self) -> "JobConfig":
+        for field, given in (("early_stopping", self.early_stopping is not None), ("keep_best", self.keep_best)):
+            if given and (self.validation is None or self.eval_every is None):
+                missing = "validation" if self.validation is None else "eval_every"
+                raise ValueError(f"{field}: needs {missing}, to know the held-out loss in between")
+        return self
+
+    @model_validator(mode="after")
     def _has_data(self) -> "JobConfig":
         if not self.data:
-            raise ValueError("data: nothing to train on; give the path of a .json or .jsonl file")
+            raise ValueError("data: nothing to train on; give a file, a folder, or the id of a dataset on the hub")
         return self
 
 
@@ -225,7 +232,10 @@ class RunConfig(JobFields):
         """The jobs of this run, complete: the top-level fields overlaid with each entry of `jobs`."""
         shared = {name: getattr(self, name) for name in JobFields.model_fields}
         if not self.jobs:
-            return (JobConfig(**shared),)
+            try:
+                return (JobConfig(**shared),)
+            except ValidationError as error:
+                raise ValueError(_first_message(error)) from error
         plain = {k: v for k, v in self.model_dump(mode="json").items() if k in JobFields.model_fields}
         resolved = []
         for index, own in enumerate(self.jobs):

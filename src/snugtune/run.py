@@ -23,7 +23,7 @@ from snugtune.model.source import find_model
 from snugtune.report import write_report
 from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
-from snugtune.training.checkpoint import Checkpoint, latest_checkpoint
+from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
 from snugtune.training.metrics import StepMetrics, read_metrics
@@ -114,6 +114,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             session.save()
             raise DivergedError("; ".join(failures))
         folder.write_plan(session.planned, session.trainer.watch.peak())
+        drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
 
 
@@ -188,8 +189,8 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
     while True:
         while session.pending:
             metrics = trainer.evaluated(session.pending[0])
-            samples = trainer.samples(metrics)
             session.judge(metrics)
+            samples = trainer.samples(metrics)
             logs.write(metrics, samples)
             observer.step(metrics)
             for sample in samples:
@@ -204,7 +205,7 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
         if not trainer.jobs:
             return
         if session.step and session.step % session.checkpoint_every == 0:
-            logs.metrics.sync()
+            logs.sync()
             session.save()
         session.pending = trainer.step()
         session.step += 1

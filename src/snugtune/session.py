@@ -47,18 +47,28 @@ class Session:
             self.saved = self.step
 
     def judge(self, metrics: StepMetrics) -> None:
-        """Note a better held-out loss, and keep the weights that gave it where they are the result."""
+        """Note a better held-out loss, and keep the weights that gave it where they are the result.
+
+        A job that has ended has them back: what it is asked last is asked of its result.
+        """
         job = self.trainer.jobs[metrics.job]
         if job.judge(metrics) and job.config.keep_best:
             save_best(self.folder.checkpoints, job)
+        if job.ended and job.failure is None and self._best_is_earlier(job):
+            load_best(self.folder.checkpoints, job)
+
+    @staticmethod
+    def _best_is_earlier(job: Job) -> bool:
+        return job.config.keep_best and job.best is not None and job.best.step != job.step
 
     def finish(self, job: Job, note: Callable[[str], None]) -> None:
         """Save the result of a job that has ended well: its last state, or its best."""
         if job.stopped_early and not job.finished:
             best = "none was finite" if job.best is None else f"the best was {job.best.eval_loss:.4f} at step {job.best.step}"
             note(f"{job.name}: stopped at step {job.step}: the held-out loss no longer falls ({best})")
-        if job.config.keep_best and job.best is not None and job.best.step != job.step:
-            load_best(self.folder.checkpoints, job)
+        if self._best_is_earlier(job):
+            assert job.best is not None
+            load_best(self.folder.checkpoints, job)  # again, where a run is resumed here
             note(f"{job.name}: the result is the state of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}")
         _save_artefact(self, job)
 
@@ -90,6 +100,12 @@ class Logs:
         for sample in samples:
             assert self.samples is not None
             self.samples.write(sample)
+
+    def sync(self) -> None:
+        """Make sure that what was written survives a crash of the machine."""
+        for log in (self.metrics, self.samples):
+            if log is not None:
+                log.sync()
 
     def close(self) -> None:
         self.metrics.close()

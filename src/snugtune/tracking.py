@@ -263,8 +263,8 @@ def _kept(variable: str) -> Iterator[None]:
 
 def _trackio(opening: Opening) -> Opened:
     import trackio  # pyright: ignore[reportMissingImports]
-    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
     from accelerate.tracking import TrackioTracker
+    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
 
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
     key = opening.key or f"{opening.name}-{secrets.token_hex(3)}"  # runs are found by name: another folder's may be the same

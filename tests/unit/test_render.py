@@ -591,6 +591,22 @@ def test_the_last_answer_alone():
     assert trained_texts(renderer.tokenizer, ids, weights) == ["d<|im_end|>"]
 
 
+def test_everything_keeps_the_weights_of_answers_and_refuses_to_lose_others():
+    tokenizer = tokenizer_of(CHATML)
+    muted = talk("a", "b", "c", "d")
+    muted[1] = {**muted[1], "weight": 0.0}
+    drops = Drops()
+    [example] = render_all(conversations(muted), tokenizer, 1000, drops, "everything")
+    untrained = tokenizer.decode(
+        [t for t, w in zip(example.tokens.tolist()[1:], example.weights.tolist()[1:], strict=True) if not w]
+    )
+    assert untrained == "b<|im_end|>"
+    asked = talk("a", "b")
+    asked[0] = {**asked[0], "weight": 0.0}
+    assert render_all(conversations(asked), tokenizer, 1000, drops, "everything") == []
+    assert count_of(drops, "weight of its own, which would be lost") == 1
+
+
 def test_everything():
     tokenizer = tokenizer_of(CHATML)
     [example] = render_all(conversations(talk("a", "b", "c", "d")), tokenizer, 1000, Drops(), "everything")

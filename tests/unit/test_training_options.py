@@ -208,14 +208,14 @@ def judged(losses: Sequence[float | None], patience: int, min_delta: float = 0.0
     [
         ([3.0, 2.0, 2.5, 2.4], 2, 0.0, [True, True, False, False], True),
         ([3.0, 2.0, 2.5, 1.9], 2, 0.0, [True, True, False, True], False),
-        ([3.0, 2.95, 2.9], 2, 0.2, [True, False, False], True),
-        ([3.0, 2.9, 2.7], 2, 0.2, [True, False, True], False),
+        ([3.0, 2.95, 2.9], 2, 0.2, [True, True, True], True),
+        ([3.0, 2.9, 2.7], 2, 0.2, [True, True, True], False),
         ([None, None], 2, 0.0, [False, False], True),
         ([None, 5.0], 2, 0.0, [False, True], False),
     ],
 )
 def test_patience(losses: list[float | None], patience: int, min_delta: float, improved: list[bool], stopped: bool) -> None:
-    """Small gains do not count; a loss that is not finite is never the best."""
+    """Small gains do not count for patience, but the best is the best; a loss that is not finite never is."""
     seen, job = judged(losses, patience, min_delta)
     assert seen == improved and job.stopped_early is stopped
 
@@ -224,6 +224,45 @@ def test_the_state_before_training_is_no_evaluation_to_beat() -> None:
     _, job = judged([], 1)
     assert not job.judge(StepMetrics("default", 0, 99, 0.0, eval_loss=0.1, eval_tokens=1))
     assert job.best is None
+
+
+def test_the_last_samples_are_of_the_result(tmp_path: Path, model_folder: Path) -> None:
+    """Of a job that stops early and goes back to its best state too."""
+    config = fields(
+        tmp_path, model_folder, optimizer={"lr": 0.5}, eval_every=1, steps=30, early_stopping={"patience": 3}, keep_best=True
+    )
+    train(to_config(config | {"samples": {"prompts": ["What is 3?"], "max_new_tokens": 12}}))
+    entries = lines(tmp_path / "run" / "samples.jsonl")
+    assert [e["step"] for e in entries] == [0, lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]]
+    assert snugtune.load(tmp_path / "run").reply("What is 3?", max_new_tokens=12) == entries[-1]["answer"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("best-*")), "the best state is the result now"
+
+
+def test_a_failure_outlives_a_checkpoint(tmp_path: Path) -> None:
+    """A job that has just been given up is not tried again on resume."""
+    _, job = judged([3.0], 2)
+    job.failure = "ten steps in a row"
+    _, again = judged([], 2)
+    again.load_state(*job.state())
+    assert again.ended and again.failure == job.failure and again.best == job.best
+
+
+def test_what_a_job_is_judged_by_may_stand_in_the_job(tmp_path: Path, model_folder: Path) -> None:
+    """Fields at the top are defaults of the jobs: only a whole job can lack something."""
+    config = fields(tmp_path, model_folder, keep_best=True)
+    held_out = config.pop("validation")
+    jobs = to_config(config | {"jobs": [{"name": "a", "validation": held_out}]}).resolved_jobs()
+    assert jobs[0].keep_best and jobs[0].validation == held_out
+    with pytest.raises(InputError, match="keep_best: needs validation"):
+        to_config(config | {"jobs": [{"name": "a"}]})
+
+
+@pytest.mark.parametrize("method", ["full", {"type": "freeze", "embeddings": True}, {"type": "freeze", "last_blocks": 1}])
+def test_noise_goes_with_every_method(tmp_path: Path, model_folder: Path, method: Any) -> None:
+    """Embeddings that train themselves too."""
+    train(to_config(fields(tmp_path, model_folder, steps=2, method=method, neftune_noise_alpha=5)))
+    losses = [m["loss"] for m in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in m]
+    assert len(losses) == 2
 
 
 @pytest.mark.parametrize(
@@ -236,6 +275,7 @@ def test_the_state_before_training_is_no_evaluation_to_beat() -> None:
         ({"neftune_noise_alpha": 0}, "neftune_noise_alpha"),
         ({"optimizer": "lyon"}, "did you mean 'lion'"),
         ({"samples": {"prompt": "Hi"}}, "did you mean 'prompts'"),
+        ({"samples": {"prompts": [" "]}}, "samples.prompts: an empty prompt"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, model_folder: Path, wrong: dict[str, Any], words: str) -> None:

@@ -96,6 +96,8 @@ class Renderer:
 
     def render(self, messages: Messages, tools: Tools = ()) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
+        if self.train_on == "everything":
+            return (self._everything(messages, tools),)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if self.train_on == "last_answer":
             answers = answers[-1:]
@@ -103,10 +105,20 @@ class Renderer:
         spans = [self._span(messages, i, tools) for i in answers]
         whole = spans[-1][0]
         kept = [n for n, (text, _) in enumerate(spans) if whole.startswith(text)]
-        if len(kept) == len(spans) or self.train_on == "everything":
-            outside = 1.0 if self.train_on == "everything" else 0.0
-            return (Rendered(whole, tuple(spans[n][1] for n in kept), tuple(weights[n] for n in kept), outside),)
+        if len(kept) == len(spans):
+            return (Rendered(whole, tuple(span for _, span in spans), weights),)
         return tuple(Rendered(text, (span,), (weight,)) for (text, span), weight in zip(spans, weights, strict=True))
+
+    def _everything(self, messages: Messages, tools: Tools) -> Rendered:
+        """The conversation up to its last answer. Raises where a message's own weight would be lost."""
+        answers = {i: self._span(messages, i, tools) for i, m in enumerate(messages) if m["role"] == "assistant"}
+        last = max(answers)
+        whole = answers[last][0]
+        kept = {i: span for i, (text, span) in answers.items() if whole.startswith(text)}
+        weights = {i: float(message.get("weight", 1.0)) for i, message in enumerate(messages[: last + 1])}
+        if any(weight != 1.0 and i not in kept for i, weight in weights.items()):
+            raise TemplateError("a question, or an answer that it rewrites, has a weight of its own, which would be lost")
+        return Rendered(whole, tuple(kept.values()), tuple(weights[i] for i in kept), outside=1.0)
 
     def _span(self, messages: Messages, answer: int, tools: Tools) -> tuple[str, tuple[int, int]]:
         """The text up to and with the answer, and where in it the answer stands."""

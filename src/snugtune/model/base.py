@@ -192,15 +192,14 @@ class Base:
         noisy = [s for s in self.router.segments if s.job in self.embedding_noise] if module.training else []
         if not noisy:
             return None
-        embedded = embedded.clone()
+        noise = torch.zeros_like(embedded, requires_grad=False)
         for segment in noisy:
             alpha = self.embedding_noise[segment.job]
             generator = torch.Generator(embedded.device).manual_seed(segment.seed)
-            rows = embedded[0, segment.tokens]
-            for part in rows.split(segment.lengths):
-                noise = torch.rand(part.shape, generator=generator, device=part.device).mul_(2).sub_(1)
-                part += noise.mul_(alpha / part.numel() ** 0.5).to(part.dtype)
-        return embedded
+            for part in noise[0, segment.tokens].split(segment.lengths):
+                drawn = torch.rand(part.shape, generator=generator, device=part.device).mul_(2).sub_(1)
+                part.copy_(drawn.mul_(alpha / part.numel() ** 0.5))
+        return embedded + noise
 
     @property
     def max_positions(self) -> int | None:

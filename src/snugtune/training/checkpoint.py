@@ -21,6 +21,7 @@ from snugtune.training.metrics import StepMetrics
 from snugtune.types import Plan, Recompute, Width
 
 FORMAT = 3
+_BEST = "best-"
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,14 @@ def load_best(root: Path, job: Job) -> None:
         raise InputError(f"{file}: the best state of job '{job.name}' cannot be read: {error}") from error
 
 
+def drop_best(root: Path) -> None:
+    """Forget all jobs' best states: the run is finished, and its results are saved."""
+    for folder in root.glob(f"{_BEST}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _best(root: Path, job: Job) -> Path:
-    return root / f"best-{job.name}"
+    return root / f"{_BEST}{job.name}"
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:

@@ -120,6 +120,8 @@ def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, no
         return tuple(found)
 
     asked = _prompts(job, text, tokenizer) if job.samples.wanted else ()
+    if job.samples.wanted and not asked:
+        note(f"samples ({job.name}): no example has a question that leaves room for an answer; give samples.prompts")
     data = JobData(examples(text.train), examples(text.held_out), text.drops, asked)
     if cache.problem:
         note(f"data ({job.name}): {cache.problem}")

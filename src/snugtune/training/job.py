@@ -20,7 +20,7 @@ from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import Chunk, Plan
 
-_COUNTERS = ("step", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "stale")
+_COUNTERS = ("step", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "to_beat", "stale", "failure")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Job:
     seen_tokens: int = 0
     seen_label_tokens: int = 0
     best: Best | None = None
-    stale: int = 0  # evaluations since the best
+    to_beat: float | None = None  # the held-out loss that patience is measured from
+    stale: int = 0  # evaluations since then
     failure: str | None = None  # why it was given up
     total: int = field(init=False)
 
@@ -83,17 +84,18 @@ class Job:
         eval_loss = math.inf if metrics.eval_loss is None else metrics.eval_loss
         stopping = self.config.early_stopping
         least = 0.0 if stopping is None else stopping.min_delta
-        before = math.inf if self.best is None else self.best.eval_loss
-        if eval_loss < before - least:
-            self.best, self.stale = Best(metrics.step, eval_loss), 0
-            return True
         self.stale += 1
-        return False
+        if eval_loss < (math.inf if self.to_beat is None else self.to_beat - least):
+            self.to_beat, self.stale = eval_loss, 0
+        better = eval_loss < (math.inf if self.best is None else self.best.eval_loss)
+        if better:
+            self.best = Best(metrics.step, eval_loss)
+        return better
 
     def samples_due(self, step: int) -> bool:
         """Whether the job answers its prompts after this step: at the start, at the end, and every so many steps."""
         every = self.config.samples.every
-        return bool(self.data.prompts) and (step in (0, self.total) or (every is not None and step % every == 0))
+        return bool(self.data.prompts) and (step == 0 or self.ended or (every is not None and step % every == 0))
 
     @property
     def epoch(self) -> float:
@@ -139,7 +141,7 @@ class Job:
         for index, entry in numbers["optimizer"].items():
             large = {name: tensors[f"optimizer.{index}.{name}"] for name in entry["tensors"]}
             if any(list(tensor.shape) != entry["tensors"][name] for name, tensor in large.items()):
-                raise ValueError("the optimizer's state has other shapes than its weights")
+                raise ValueError("the optimizer's state has other shapes than it should")
             state[int(index)] = {**entry["numbers"], **large}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for name in _COUNTERS:
