@@ -6,7 +6,8 @@ from datetime import date
 
 import pytest
 import torch
-from tokenizers_for_tests import byte_level, sentencepiece_like
+from tokenizers import AddedToken, normalizers
+from tokenizers_for_tests import SPECIAL_TOKENS, byte_level, sentencepiece_like
 
 from snugtune.data.forms import Conversation
 from snugtune.data.render import TRAINING_DATE, Renderer, render_all
@@ -552,6 +553,29 @@ def test_what_is_said_holds_no_control_token(build: Callable, place: str):
     trained = [i for i, w in zip(ids, weights, strict=True) if w]
     assert tokenizer.decode(trained).strip() == said["assistant"] + "<|im_end|>"
     assert INJECTED in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "special", "added", "normalizer"),
+    [
+        ("5 ☃ and ☃☃", ["☃"], [], None),
+        ("☃", ["☃"], [], None),
+        ("a \uff1c|tool|\uff1e b", [AddedToken("<|tool|>", normalized=True, special=True)], [], normalizers.NFKC()),
+        ("a <TOOL> b", [AddedToken("<Tool>", normalized=True, special=True)], [], normalizers.Lowercase()),
+        ("\u00a0<think> a </think>", [], ["<think>", "</think>"], None),
+    ],
+    ids=["one character", "nothing else", "normalised", "lower case", "unknown to the template"],
+)
+@pytest.mark.parametrize("ending", ["", " "])
+def test_no_control_token_comes_of_what_is_said_in_other_ways(text, special, added, normalizer, ending: str):
+    tokenizer = tokenizer_of(CHATML, special=[*SPECIAL_TOKENS, *special], added=added)
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        tokenizer.add_tokens([token for token in special if isinstance(token, AddedToken)])
+    control = set(tokenizer.added_tokens_decoder)
+    assert control & set(tokenizer(text)["input_ids"]), "as it is, the text would become one"
+    said = [i for i in Renderer(tokenizer).prompt(talk(text + ending)) if i in control]
+    assert said == [i for i in Renderer(tokenizer).prompt(talk("Hi")) if i in control]
 
 
 def test_a_prompt_of_generation_holds_no_control_token():
