@@ -64,7 +64,7 @@ class Renderer:
         own = tokenizer.get_chat_template()
         self.chat_template = _dated(own, today) if today is not None and "strftime_now" in own else own
         self._controls = Controls(tokenizer, self.chat_template)
-        self._calls = Calls(self._apply)
+        self.calls = Calls(self._apply)
         self.end_of_turn, self._epilogue = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
@@ -74,7 +74,7 @@ class Renderer:
         An answer may hold control tokens that are not special (Qwen's `<think>`); whatever else is said holds none.
         """
         plain = []
-        for message in self._calls.told(messages):
+        for message in self.calls.told(messages):
             barred = self._controls.special if message["role"] == "assistant" else self._controls.all
             plain.append({key: _broken(value, barred) for key, value in message.items() if key != "weight"})
         return self._apply(plain, [_broken(tool, self._controls.all) for tool in tools], for_answer)
@@ -263,6 +263,8 @@ def render_all(
         except TemplateError as error:
             drops.add(f"examples the chat template refuses ({error})", conversation.source)
             continue
+        if conversation.tools and not renderer.calls.shows_tools:
+            drops.add("lists of tools left out by the chat template (the rest of the example is used)", conversation.source)
         if len(pieces) > 1:
             drops.add(
                 "conversations split into one example per answer, since the template rewrites earlier turns", conversation.source
