@@ -124,6 +124,17 @@ def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     assert cache.problem is not None and "not kept" in cache.problem
 
 
+def test_a_cache_of_somebody_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose files' times cannot be set."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    ask(tmp_path, documents("a"))
+    monkeypatch.setattr(os, "utime", refused)
+    assert ask(tmp_path, documents("a"))[2] == []
+
+
 def test_what_nobody_asked_for_is_forgotten(tmp_path: Path) -> None:
     ask(tmp_path, documents("old"))
     ask(tmp_path, documents("kept"))

@@ -114,10 +114,11 @@ def _read(path: Path) -> tuple[list[Example], Drops] | None:
         with safe_open(path, "pt") as stored:
             lengths, tokens, weights = (stored.get_tensor(name) for name in ("lengths", "tokens", "weights"))
             about = stored.metadata()
-        os.utime(path)
         sources, (counts, places) = json.loads(about["sources"]), json.loads(about["drops"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # it is made anew
+    with suppress(OSError):  # a shared cache, or one that cannot be written
+        os.utime(path)
     drops = Drops()
     drops.counts.update(counts)
     drops.places.update(places)
