@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken, normalizers
 from tokenizers_for_tests import SPECIAL_TOKENS, byte_level, sentencepiece_like
 
+from snugtune.data.cache import tokenizer_identity
 from snugtune.data.forms import Conversation
 from snugtune.data.render import TRAINING_DATE, Renderer, render_all
 from snugtune.data.sources import Drops
@@ -621,6 +622,14 @@ def test_everything():
     [answers] = render_all(conversations(talk("a", "b", "c", "d")), tokenizer, 1000, Drops())
     assert torch.equal(example.tokens, answers.tokens)
     assert example.weights.tolist() == [0.0] + [1.0] * (len(example.tokens) - 1)
+
+
+def test_templates_without_a_default_are_refused():
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"rag": CHATML.template, "tool_use": CHATML.template}
+    tokenizer_identity(tokenizer)  # documents need none
+    with pytest.raises(InputError, match=r"no chat template named 'default' \(it has rag, tool_use\)"):
+        Renderer(tokenizer)
 
 
 def test_a_template_that_cannot_render_an_answer_is_refused():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import byte_level
 
 import snugtune.data.cache as cache_module
@@ -102,6 +103,19 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: bytes | None) -> No
     again, _, seen = ask(tmp_path, documents("a", "b"))
     assert seen == ["a", "b"] and same(first, again)
     assert ask(tmp_path, documents("a", "b"))[2] == []
+
+
+@pytest.mark.parametrize("damage", ["no metadata", "lengths"])
+def test_a_file_of_other_content_is_made_anew(tmp_path: Path, damage: str) -> None:
+    first, _, _ = ask(tmp_path, documents("a", "b"))
+    (file,) = tmp_path.iterdir()
+    tensors = load_file(file)
+    about = {"sources": '["d:1", "d:2"]', "drops": "[{}, {}]"}
+    if damage == "lengths":
+        tensors["lengths"] += 1
+    save_file(tensors, file, None if damage == "no metadata" else about)
+    again, _, seen = ask(tmp_path, documents("a", "b"))
+    assert seen == ["a", "b"] and same(first, again)
 
 
 def test_an_interrupted_process_leaves_what_it_had_done(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ Tokenise = Callable[[Iterable[Item], Drops], list[Example]]
 
 def tokenizer_identity(tokenizer: Any) -> str:
     """What of a tokenizer decides about the tokens of a conversation, as a hash."""
-    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -115,14 +115,15 @@ def _read(path: Path) -> tuple[list[Example], Drops] | None:
             lengths, tokens, weights = (stored.get_tensor(name) for name in ("lengths", "tokens", "weights"))
             about = stored.metadata()
         sources, (counts, places) = json.loads(about["sources"]), json.loads(about["drops"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+        examples = list(_examples(lengths.tolist(), tokens.long(), weights, sources))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         return None  # it is made anew
     with suppress(OSError):  # a shared cache, or one that cannot be written
         os.utime(path)
     drops = Drops()
     drops.counts.update(counts)
     drops.places.update(places)
-    return list(_examples(lengths.tolist(), tokens.long(), weights, sources)), drops
+    return examples, drops
 
 
 def _examples(lengths: list[int], tokens: torch.Tensor, weights: torch.Tensor, sources: list[str]) -> Iterator[Example]:

@@ -61,7 +61,11 @@ class Renderer:
     def __init__(self, tokenizer: Any, today: datetime | None = None, train_on: TrainOn = "answers"):
         self.tokenizer = tokenizer
         self.train_on = train_on
-        own = tokenizer.get_chat_template()
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:
+            names = ", ".join(tokenizer.chat_template or ()) or "none at all"
+            raise InputError(f"model: it has no chat template named 'default' (it has {names}); name one so") from error
         self.chat_template = _dated(own, today) if today is not None and "strftime_now" in own else own
         self._controls = Controls(tokenizer, self.chat_template)
         self.calls = Calls(self._apply)
