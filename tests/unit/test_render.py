@@ -383,6 +383,26 @@ def test_training_examples_do_not_change_overnight():
     assert Renderer(tokenizer).template(talk("Hi")).startswith(str(date.today()))
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("%d %b %Y", "01 Jan 2025"),
+        ("%B %-d, %Y", "January 1, 2025"),
+        ("%e/%-m", " 1/1"),
+        ("%%d %d%%", "%d 01%"),
+        ("%%%d", "%01"),
+        ("%F %T", "2025-01-01 00:00:00"),
+        ("%-H:%M", "0:00"),
+    ],
+)
+def test_the_date_is_told_in_every_usual_form(asked: str, told: str):
+    tokenizer = byte_level(
+        "{% for m in messages %}[{{ strftime_now('" + asked + "') }}]{{ m.content }}<|im_end|>{% endfor %}", eos="<|im_end|>"
+    )
+    [rendered] = Renderer(tokenizer, TRAINING_DATE).render(talk("Hi", "Hello"))
+    assert rendered.text == f"[{told}]Hi<|im_end|>[{told}]Hello<|im_end|>"
+
+
 def test_turns_after_the_last_answer_are_left_out():
     """A question nobody answered teaches nothing."""
     tokenizer = tokenizer_of(CHATML)

@@ -36,6 +36,7 @@ _PIECE = re.compile(f"{PLAIN}?([^{BREAK}{PLAIN}]+)")
 TRAINING_DATE = datetime(2025, 1, 1)
 """What templates that ask for today's date (`strftime_now`: Llama 3, Granite) get in training: examples must not change
 overnight."""
+_SHORT = {"F": "%Y-%m-%d", "D": "%m/%d/%y", "T": "%H:%M:%S", "R": "%H:%M", "h": "%b"}
 _MARK = "snugtune-mark"  # stands for an answer where only the template's own text is wanted
 
 
@@ -211,8 +212,12 @@ class Renderer:
 
 def _dated(template: str, today: datetime) -> str:
     """The template with a `strftime_now` of its own, which hides the library's and knows one moment only."""
-    fills = "".join(f"|replace('%{code}', '{today.strftime('%' + code)}')" for code in "aAwdbBmyYHIpMSjx")
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{fills} }}}}{{%- endmacro -%}}{template}"
+    words = {code: today.strftime(f"%{code}") for code in "aAwdbBmyYHIpMSfjUWxXcGuV"}
+    words |= {f"-{code}": words[code].lstrip("0") or "0" for code in "dmyHIMSj"}  # as the C libraries of Linux and macOS do
+    words |= {"e": f"{today.day:2}"} | {code: today.strftime(how) for code, how in _SHORT.items()}
+    fills = "".join(f"|replace('%{code}', '{word}')" for code, word in words.items())
+    parts = f"{{%- for part in format.split('%%') -%}}{{{{ '%' if not loop.first }}}}{{{{ part{fills} }}}}{{%- endfor -%}}"
+    return f"{{%- macro strftime_now(format) -%}}{parts}{{%- endmacro -%}}{template}"
 
 
 def _broken(value: Any, barred: Barred) -> Any:
