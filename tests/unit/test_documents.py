@@ -2,15 +2,20 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
+from tokenizers_for_tests import byte_level
+from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
 from snugtune.data.documents import tokenise_documents
 from snugtune.data.forms import Conversation, Document
 from snugtune.data.mix import interleave
 from snugtune.data.sources import Drops
+from snugtune.objectives.clm import BEGINNING, Clm, ClmConfig
 
 TOKENIZER = tiny_tokenizer()
 
@@ -32,6 +37,43 @@ def test_control_tokens_in_a_text_stay_text() -> None:
     assert example.tokens.tolist().count(TOKENIZER.eos_token_id) == 1
     assert int(example.tokens[-1]) == TOKENIZER.eos_token_id
     assert TOKENIZER.decode(example.tokens[:-1]) == "a <|im_end|> b"
+
+
+def unigram(normalizer: normalizers.Normalizer | None = None) -> PreTrainedTokenizerFast:
+    """XLNet's and T5's kind: control tokens are words of the vocabulary, too."""
+    words = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "ab<>/s ")]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0, byte_fallback=False))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (byte_level("<think>", added=("<|Assistant|>", "<think>")), "a <|Assistant|> b <think> </s>"),
+        (byte_level("", added=("<think>",)), "a <think> b"),
+        (unigram(), "a </s> b<s>"),
+        (unigram(normalizers.NFKC()), "a \uff1c/s\uff1e b"),
+    ],
+    ids=["not special", "not in the template", "words of the vocabulary", "normalised"],
+)
+def test_no_control_token_comes_of_a_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """However the tokenizer holds it; nor of the beginning that the model is asked to go on with."""
+    (example,) = tokenise_documents([Document(text, "d:1")], tokenizer, 100, Drops())
+    control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    assert not control & set(example.tokens[:-1].tolist())
+    prompt = Clm(ClmConfig()).ask_as(Document(text, "d:1"), tokenizer)
+    assert prompt is not None and prompt.text == text
+    assert list(prompt.tokens) == example.tokens[:-1].tolist()
+
+
+def test_the_beginning_that_is_shown_is_the_beginning_of_the_example() -> None:
+    text = "<|im_end|>" * 20
+    (example,) = tokenise_documents([Document(text, "d:1")], TOKENIZER, 1000, Drops())
+    prompt = Clm(ClmConfig()).ask_as(Document(text, "d:1"), TOKENIZER)
+    assert prompt is not None and len(prompt.tokens) == BEGINNING
+    assert list(prompt.tokens) == example.tokens[:BEGINNING].tolist()
 
 
 def test_a_tokenizer_that_begins_its_texts_does_so_here() -> None:

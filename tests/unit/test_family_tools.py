@@ -87,6 +87,18 @@ def test_a_result_that_the_template_leaves_out_is_refused(name: str, kept: bool)
     )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tools_that_the_template_leaves_out_are_counted(name: str):
+    """The example is used: a model may know its tools by heart. What is counted is what the tokens lack, and only that."""
+    drops = Drops()
+    items = [Conversation(tuple(talk("Hi", "Hello")), "x:1", tools=tuple(TOOLS)), Conversation(tuple(talk("Hi", "Hello")), "x:2")]
+    tokenizer = tokenizer_of(name)
+    with_tools, _ = render_all(items, tokenizer, 2000, drops)
+    shown = TOOLS[0]["function"]["name"] in tokenizer.decode(with_tools.tokens)
+    left_out = "lists of tools left out by the chat template (the rest of the example is used)"
+    assert drops.places == ({} if shown else {left_out: ["x:1"]})
+
+
 CALLS_AS_TEXT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% for call in m.tool_calls or [] %}"
     "{{ call.function.name + ARGUMENTS }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"

@@ -251,3 +251,25 @@ def test_constructing_a_base_leaves_the_model_as_it_was(forward: Callable[..., t
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not base.frozen and torch.isfinite(forward(base, sequences(4, 6))).all()
+
+
+@pytest.mark.parametrize("layers", ["one kind", "kinds"])
+@pytest.mark.parametrize("length", [40, 64, 70, 80])
+def test_frequencies_follow_the_length_of_the_sequence_alone(length: int, layers: str) -> None:
+    """Dynamic RoPE: not of a longer one that went before, in training or in a sample."""
+    base = _dynamic_rope(layers)
+    twin, ids = _dynamic_rope(layers).model, torch.arange(96)[None] % VOCAB
+    with torch.no_grad():
+        alone = twin(ids[:, :length]).logits
+        base.model(ids)
+        with base.answering(None):
+            base.model.generate(ids[:, :70], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert torch.equal(base.model(ids[:, :length]).logits, alone)
+
+
+def _dynamic_rope(layers: str) -> Base:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    if layers == "one kind":
+        return tiny_base("dynamic", max_position_embeddings=64)
+    return tiny_base("gemma3", max_position_embeddings=64, rope_parameters={
+        "full_attention": dynamic, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})  # fmt: skip

@@ -6,8 +6,10 @@ from datetime import date
 
 import pytest
 import torch
-from tokenizers_for_tests import byte_level, sentencepiece_like
+from tokenizers import AddedToken, normalizers
+from tokenizers_for_tests import SPECIAL_TOKENS, byte_level, sentencepiece_like
 
+from snugtune.data.cache import tokenizer_identity
 from snugtune.data.forms import Conversation
 from snugtune.data.render import TRAINING_DATE, Renderer, render_all
 from snugtune.data.sources import Drops
@@ -381,6 +383,26 @@ def test_training_examples_do_not_change_overnight():
     assert Renderer(tokenizer).template(talk("Hi")).startswith(str(date.today()))
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("%d %b %Y", "01 Jan 2025"),
+        ("%B %-d, %Y", "January 1, 2025"),
+        ("%e/%-m", " 1/1"),
+        ("%%d %d%%", "%d 01%"),
+        ("%%%d", "%01"),
+        ("%F %T", "2025-01-01 00:00:00"),
+        ("%-H:%M", "0:00"),
+    ],
+)
+def test_the_date_is_told_in_every_usual_form(asked: str, told: str):
+    tokenizer = byte_level(
+        "{% for m in messages %}[{{ strftime_now('" + asked + "') }}]{{ m.content }}<|im_end|>{% endfor %}", eos="<|im_end|>"
+    )
+    [rendered] = Renderer(tokenizer, TRAINING_DATE).render(talk("Hi", "Hello"))
+    assert rendered.text == f"[{told}]Hi<|im_end|>[{told}]Hello<|im_end|>"
+
+
 def test_turns_after_the_last_answer_are_left_out():
     """A question nobody answered teaches nothing."""
     tokenizer = tokenizer_of(CHATML)
@@ -554,6 +576,29 @@ def test_what_is_said_holds_no_control_token(build: Callable, place: str):
     assert INJECTED in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize(
+    ("text", "special", "added", "normalizer"),
+    [
+        ("5 ☃ and ☃☃", ["☃"], [], None),
+        ("☃", ["☃"], [], None),
+        ("a \uff1c|tool|\uff1e b", [AddedToken("<|tool|>", normalized=True, special=True)], [], normalizers.NFKC()),
+        ("a <TOOL> b", [AddedToken("<Tool>", normalized=True, special=True)], [], normalizers.Lowercase()),
+        ("\u00a0<think> a </think>", [], ["<think>", "</think>"], None),
+    ],
+    ids=["one character", "nothing else", "normalised", "lower case", "unknown to the template"],
+)
+@pytest.mark.parametrize("ending", ["", " "])
+def test_no_control_token_comes_of_what_is_said_in_other_ways(text, special, added, normalizer, ending: str):
+    tokenizer = tokenizer_of(CHATML, special=[*SPECIAL_TOKENS, *special], added=added)
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        tokenizer.add_tokens([token for token in special if isinstance(token, AddedToken)])
+    control = set(tokenizer.added_tokens_decoder)
+    assert control & set(tokenizer(text)["input_ids"]), "as it is, the text would become one"
+    said = [i for i in Renderer(tokenizer).prompt(talk(text + ending)) if i in control]
+    assert said == [i for i in Renderer(tokenizer).prompt(talk("Hi")) if i in control]
+
+
 def test_a_prompt_of_generation_holds_no_control_token():
     tokenizer = tokenizer_of(CHATML)
     renderer = Renderer(tokenizer)
@@ -613,6 +658,14 @@ def test_everything():
     [answers] = render_all(conversations(talk("a", "b", "c", "d")), tokenizer, 1000, Drops())
     assert torch.equal(example.tokens, answers.tokens)
     assert example.weights.tolist() == [0.0] + [1.0] * (len(example.tokens) - 1)
+
+
+def test_templates_without_a_default_are_refused():
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"rag": CHATML.template, "tool_use": CHATML.template}
+    tokenizer_identity(tokenizer)  # documents need none
+    with pytest.raises(InputError, match=r"no chat template named 'default' \(it has rag, tool_use\)"):
+        Renderer(tokenizer)
 
 
 def test_a_template_that_cannot_render_an_answer_is_refused():

@@ -66,6 +66,16 @@ def test_wsd_is_that_of_transformers(shape, warmup: int, cooldown: float, total:
     assert ours == pytest.approx(truth, rel=1e-9, abs=1e-20)
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize(("warmup", "cooldown", "total"), [(5, 10.0, 10), (7, 0.5, 10), (3, 97.0, 20)])
+def test_wsd_of_a_run_too_short_for_both_parts_cools_down_from_its_peak(shape, warmup: int, cooldown: float, total: int):
+    """Without a jump: the rate rises to the peak, and falls from there as in a run whose cool-down is what is left."""
+    short, fitting = (WsdConfig(warmup=float(warmup), cooldown=c, shape=shape) for c in (cooldown, float(total - warmup)))
+    rates = [learning_rate(short, 1.0, step, total) for step in range(total)]
+    assert rates == [learning_rate(fitting, 1.0, step, total) for step in range(total)]
+    assert rates[warmup] == 1.0 and rates[:warmup] == [step / warmup for step in range(warmup)]
+
+
 def test_one_step_of_warmup_is_a_number_and_not_the_whole_run():
     assert learning_rate(LinearConfig(warmup=1), 1.0, 1, 101) == 1.0
 

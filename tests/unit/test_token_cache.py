@@ -1,5 +1,7 @@
 """Tokens are kept under what they follow from, whole or not at all, and found again."""
 
+import inspect
+import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -7,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import byte_level
 
 import snugtune.data.cache as cache_module
+from snugtune.config import JobConfig
 from snugtune.data.cache import TokenCache, tokenizer_identity
 from snugtune.data.forms import Document, Item
 from snugtune.data.sources import Drops
+from snugtune.training.examples import read_job, tokenize_job
 from snugtune.types import Example
 
 
@@ -104,6 +109,19 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: bytes | None) -> No
     assert ask(tmp_path, documents("a", "b"))[2] == []
 
 
+@pytest.mark.parametrize("damage", ["no metadata", "lengths"])
+def test_a_file_of_other_content_is_made_anew(tmp_path: Path, damage: str) -> None:
+    first, _, _ = ask(tmp_path, documents("a", "b"))
+    (file,) = tmp_path.iterdir()
+    tensors = load_file(file)
+    about = {"sources": '["d:1", "d:2"]', "drops": "[{}, {}]"}
+    if damage == "lengths":
+        tensors["lengths"] += 1
+    save_file(tensors, file, None if damage == "no metadata" else about)
+    again, _, seen = ask(tmp_path, documents("a", "b"))
+    assert seen == ["a", "b"] and same(first, again)
+
+
 def test_an_interrupted_process_leaves_what_it_had_done(tmp_path: Path) -> None:
     items = documents(*"abcdef")
 
@@ -122,6 +140,17 @@ def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     examples = cache.tokenised(documents("a"), documents("a"), counting, Drops())
     assert len(examples) == 1
     assert cache.problem is not None and "not kept" in cache.problem
+
+
+def test_a_cache_of_somebody_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose files' times cannot be set."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    ask(tmp_path, documents("a"))
+    monkeypatch.setattr(os, "utime", refused)
+    assert ask(tmp_path, documents("a"))[2] == []
 
 
 def test_what_nobody_asked_for_is_forgotten(tmp_path: Path) -> None:
@@ -144,3 +173,50 @@ def test_a_tokenizer_is_known_by_what_it_does() -> None:
     same_again.add_tokens("<new>")
     assert tokenizer_identity(plain) != tokenizer_identity(same_again)
     assert tokenizer_identity(plain) != tokenizer_identity(byte_level(template, eos="<eos>"))
+    before = tokenizer_identity(plain)
+    plain.split_special_tokens = True
+    assert tokenizer_identity(plain) != before
+
+
+def test_another_objectives_code_makes_tokens_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code is part of what tokens follow from; here of the objective, which stands apart from the data's."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
+    job = JobConfig.model_validate({"name": "a", "data": str(tmp_path / "a.jsonl"), "objective": {"type": "clm"}})
+
+    def files_after() -> int:
+        tokenize_job(job, read_job(job), byte_level(""), lambda items, _: items, lambda _: None)
+        return len(list((tmp_path / "cache" / "tokens").iterdir()))
+
+    assert [files_after(), files_after()] == [1, 1]
+    other = tmp_path / "objectives" / "clm.py"
+    other.parent.mkdir()
+    other.write_text("# another way")
+    monkeypatch.setattr(inspect, "getfile", lambda _: str(other))
+    assert files_after() == 2
+
+
+def test_two_processes_at_once_end_with_whole_files(tmp_path: Path) -> None:
+    """Both tokenise the same, write under the same names, and get what one alone would get."""
+    context = multiprocessing.get_context("fork")
+    together, results = context.Barrier(2), context.SimpleQueue()
+    items = documents(*TEXTS)
+
+    def tracked() -> Iterable[Item]:
+        for item in items:
+            together.wait(30)
+            yield item
+
+    def work() -> None:
+        examples = TokenCache(tmp_path, ("a",)).tokenised(items, tracked(), Counting(), Drops())
+        results.put([e.tokens.tolist() for e in examples])
+
+    workers = [context.Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    again, _, seen = ask(tmp_path, items)
+    assert seen == [] and len(list(tmp_path.iterdir())) == 3, "a file a shard, and no leftovers"
+    assert results.get() == results.get() == [e.tokens.tolist() for e in again]

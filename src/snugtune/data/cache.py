@@ -1,8 +1,9 @@
 """Tokenised data, kept: the same items, tokenizer, template and settings are tokenised once.
 
 Items are cached in shards of `SHARD`, each a safetensors file named by everything its content follows from. So what an
-interrupted process had done is found again, data that grew at its end is tokenised at its end alone, and two processes
-at worst do the same work twice: files appear whole, and the same name means the same content.
+interrupted process had done is found again, and two processes at worst do the same work twice: files appear whole, and the
+same name means the same content. Data that grew at its end is tokenised at its end alone, unless a fraction of it is held
+out for validation: that is drawn anew.
 """
 
 import hashlib
@@ -35,14 +36,15 @@ Tokenise = Callable[[Iterable[Item], Drops], list[Example]]
 
 def tokenizer_identity(tokenizer: Any) -> str:
     """What of a tokenizer decides about the tokens of a conversation, as a hash."""
-    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
+    parts += (tokenizer.split_special_tokens,)
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _code() -> str:
-    """The code that tokenises, as a hash: no version number that somebody could forget to raise."""
+def code_of(folder: Path) -> str:
+    """The code that stands in a folder, as a hash: no version number that somebody could forget to raise."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(folder.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -55,7 +57,7 @@ class TokenCache:
 
     def __init__(self, folder: Path, settings: Sequence[object]):
         self.folder = folder
-        self.settings = repr((_code(), version("transformers"), version("tokenizers"), *settings))
+        self.settings = repr((code_of(Path(__file__).parent), version("transformers"), version("tokenizers"), *settings))
         self.problem: str | None = None
 
     def tokenised(self, items: Sequence[Item], tracked: Iterable[Item], tokenise: Tokenise, drops: Drops) -> list[Example]:
@@ -114,14 +116,16 @@ def _read(path: Path) -> tuple[list[Example], Drops] | None:
         with safe_open(path, "pt") as stored:
             lengths, tokens, weights = (stored.get_tensor(name) for name in ("lengths", "tokens", "weights"))
             about = stored.metadata()
-        os.utime(path)
         sources, (counts, places) = json.loads(about["sources"]), json.loads(about["drops"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+        examples = list(_examples(lengths.tolist(), tokens.long(), weights, sources))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         return None  # it is made anew
+    with suppress(OSError):  # a shared cache, or one that cannot be written
+        os.utime(path)
     drops = Drops()
     drops.counts.update(counts)
     drops.places.update(places)
-    return list(_examples(lengths.tolist(), tokens.long(), weights, sources)), drops
+    return examples, drops
 
 
 def _examples(lengths: list[int], tokens: torch.Tensor, weights: torch.Tensor, sources: list[str]) -> Iterator[Example]:

@@ -6,6 +6,7 @@ word: an empty answer would be learned in their place.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,6 +20,19 @@ _RESULT = "snugtune_result"
 _ANSWERED: tuple[Message, ...] = (
     {"role": "tool", "content": _RESULT, "tool_call_id": "snugtune1", "name": "snugtune_call"},
     {"role": "assistant", "content": "Bye"},
+)
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "snugtune_tool",
+        "description": "Tells.",
+        "parameters": {"type": "object", "properties": {"of": {"type": "string", "description": "What."}}, "required": ["of"]},
+    },
+}
+_TALKS: tuple[tuple[Message, ...], ...] = (  # some templates list tools in the system turn, some before the last question
+    ({"role": "system", "content": "Be."}, _ASKED, {"role": "assistant", "content": "Bye"}),
+    (_ASKED, {"role": "assistant", "content": "Bye"}),
+    (_ASKED,),
 )
 _SHOWN = ("snugtune_call", "snugtune_key", "snugtune_value", _RESULT)
 
@@ -41,9 +55,12 @@ _FORMS = (_as_it_is, _as_text)
 
 
 class Calls:
-    """Brings messages into the form that a template takes calls in. `render` and `told` raise `TemplateError`."""
+    """Brings messages into the form that a template takes calls in.
 
-    def __init__(self, render: Callable[[Sequence[Message]], str]):
+    `render(messages, tools)` gives the template's text. It and `told` raise `TemplateError`.
+    """
+
+    def __init__(self, render: Callable[..., str]):
         self._render = render
         self._forms: dict[bool, Callable[[Mapping[str, Any]], Mapping[str, Any]] | None] = {}
         self._shows_results: bool | None = None
@@ -53,6 +70,17 @@ class Calls:
         if not any(m.get("tool_calls") for m in messages) and any(m["role"] == "tool" for m in messages):
             self._check_results()
         return [self._told(m) if m.get("tool_calls") else m for m in messages]
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template says which tools there are."""
+        return any(self._shows_tool(talk) for talk in _TALKS)
+
+    def _shows_tool(self, talk: Sequence[Message]) -> bool:
+        try:
+            return _TOOL["function"]["name"] in self._render(talk, [_TOOL])
+        except TemplateError:
+            return False
 
     def _told(self, message: Message) -> Message:
         with_words = bool(message["content"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from snugtune.data.controls import Controls, Token, encoded_plainly
 from snugtune.data.forms import Document, Item
 from snugtune.data.sources import Drops
 from snugtune.types import Example
@@ -19,12 +20,13 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
 
     What a text says about control tokens stays text. A tokenizer that begins its texts with a token does so here.
     """
+    reader = Reader(tokenizer)
     examples: list[Example] = []
     for item in items:
         if not isinstance(item, Document):
             drops.add(f"{type(item).__name__.lower()}s, which objective clm does not learn (it takes plain text)", item.source)
             continue
-        pieces = list(_pieces([*document_tokens(item.text, tokenizer), tokenizer.eos_token_id], max_seq_len))
+        pieces = list(_pieces([*reader.tokens(item.text), tokenizer.eos_token_id], max_seq_len))
         if not pieces or item.weight == 0.0:
             drops.add("documents dropped: nothing to learn in them", item.source)
             continue
@@ -37,11 +39,23 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
     return examples
 
 
-def document_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text, and before them the one that the tokenizer begins its texts with, if any."""
-    begin = tokenizer("")["input_ids"][:1]
-    opening = begin if begin == [tokenizer.bos_token_id] else []
-    return [*opening, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+class Reader:
+    """Reads texts for one tokenizer: what they say about control tokens stays text."""
+
+    def __init__(self, tokenizer: Any):
+        templates = tokenizer.chat_template or ""
+        self._tokenizer = tokenizer
+        self._barred = Controls(tokenizer, templates if isinstance(templates, str) else " ".join(templates.values())).all
+        begin = tokenizer("")["input_ids"][:1]
+        self._opening = begin if begin == [tokenizer.bos_token_id] else []
+
+    def encode(self, text: str) -> list[Token]:
+        """The tokens of a text and their places in it."""
+        return encoded_plainly(self._tokenizer, text, self._barred.cuts(text))
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text, and before them the one that the tokenizer begins its texts with, if any."""
+        return [*self._opening, *(token for token, _, _ in self.encode(text))]
 
 
 def _pieces(ids: list[int], length: int) -> Iterable[list[int]]:

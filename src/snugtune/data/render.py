@@ -5,19 +5,22 @@ are found by rendering prefixes of the conversation: what a turn adds to the tex
 rewrite earlier turns (Qwen3 drops old thinking) have no common text; there each assistant turn becomes its own example.
 
 What somebody says never becomes a control token: where a message holds the text of one, a `BREAK` is put inside it before
-the template is rendered, and the rendered text is encoded in pieces between the breaks.
+the template is rendered, and the rendered text is encoded in pieces between the breaks. A character that is one by itself
+stands behind a `PLAIN`.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
 
 from snugtune.data.calls import Calls
+from snugtune.data.controls import Barred, Controls, Token, encoded
 from snugtune.data.forms import Conversation, Item, Message
 from snugtune.data.sources import Drops
 from snugtune.errors import InputError
@@ -27,9 +30,13 @@ Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, Any]]
 TrainOn = Literal["answers", "last_answer", "everything"]
 BREAK = "\U000f0002"  # private use: stands in rendered text where two pieces must not become one token
+PLAIN = "\U000f0003"  # before a character that must not become a special token, and that a BREAK follows
+_MARKS = re.compile(f"[{BREAK}{PLAIN}]")
+_PIECE = re.compile(f"{PLAIN}?([^{BREAK}{PLAIN}]+)")
 TRAINING_DATE = datetime(2025, 1, 1)
 """What templates that ask for today's date (`strftime_now`: Llama 3, Granite) get in training: examples must not change
 overnight."""
+_SHORT = {"F": "%Y-%m-%d", "D": "%m/%d/%y", "T": "%H:%M:%S", "R": "%H:%M", "h": "%b"}
 _MARK = "snugtune-mark"  # stands for an answer where only the template's own text is wanted
 
 
@@ -37,7 +44,7 @@ _MARK = "snugtune-mark"  # stands for an answer where only the template's own te
 class Rendered:
     """Text of one training example, the character spans [start, end) that are trained, and the weight of each.
 
-    `text` holds `BREAK`s; `outside` is the weight of what lies in no span.
+    `text` holds `BREAK`s and `PLAIN`s; `outside` is the weight of what lies in no span.
     """
 
     text: str
@@ -55,27 +62,27 @@ class Renderer:
     def __init__(self, tokenizer: Any, today: datetime | None = None, train_on: TrainOn = "answers"):
         self.tokenizer = tokenizer
         self.train_on = train_on
-        own = tokenizer.get_chat_template()
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:
+            names = ", ".join(tokenizer.chat_template or ()) or "none at all"
+            raise InputError(f"model: it has no chat template named 'default' (it has {names}); name one so") from error
         self.chat_template = _dated(own, today) if today is not None and "strftime_now" in own else own
-        added = tokenizer.added_tokens_decoder.values()
-        special = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
-        self._controls = _occurrences(special | {t.content for t in added if _controls(t.content, self.chat_template)})
-        self._special = _occurrences(special)
-        self._line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self._calls = Calls(self._apply)
+        self._controls = Controls(tokenizer, self.chat_template)
+        self.calls = Calls(self._apply)
         self.end_of_turn, self._epilogue = self._find_end_of_turn()
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self.end_of_turn}))
 
     def template(self, messages: Messages, for_answer: bool = False, tools: Tools = ()) -> str:
-        """The conversation as the model's text, with `BREAK`s; `for_answer` ends with the opening of an assistant turn.
+        """The conversation as the model's text, with those marks; `for_answer` ends with the opening of an assistant turn.
 
         An answer may hold control tokens that are not special (Qwen's `<think>`); whatever else is said holds none.
         """
         plain = []
-        for message in self._calls.told(messages):
-            barred = self._special if message["role"] == "assistant" else self._controls
+        for message in self.calls.told(messages):
+            barred = self._controls.special if message["role"] == "assistant" else self._controls.all
             plain.append({key: _broken(value, barred) for key, value in message.items() if key != "weight"})
-        return self._apply(plain, [_broken(tool, self._controls) for tool in tools], for_answer)
+        return self._apply(plain, [_broken(tool, self._controls.all) for tool in tools], for_answer)
 
     def _apply(self, messages: Messages, tools: Tools = (), for_answer: bool = False) -> str:
         """The template's text. Whatever it stumbles over is a `TemplateError`, as what it refuses."""
@@ -183,22 +190,12 @@ class Renderer:
             owners.append(next((n for n, span in enumerate(rendered.spans) if _belongs(rendered.text, place, span)), -1))
         return ids, owners
 
-    def _encode(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(id, first character, end) of each token of rendered text; no token reaches over a `BREAK`."""
-        for found in re.finditer(f"[^{BREAK}]+", text):
-            at = found.start()
-            for token, low, high in self._encode_piece(found[0], "\n" if at > 0 else ""):
+    def _encode(self, text: str) -> Iterator[Token]:
+        """The tokens of rendered text; none reaches over a mark."""
+        for found in _PIECE.finditer(text):
+            at, piece = found.start(1), found[1]
+            for token, low, high in encoded(self.tokenizer, piece, plain=len(found[0]) > len(piece), inside=at > 0):
                 yield token, low + at, high + at
-
-    def _encode_piece(self, piece: str, lead: str) -> list[tuple[int, int, int]]:
-        """As `_encode`, behind a `lead` that is cut off again: SentencePiece puts a blank before what begins a text."""
-        coded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
-        places = [(low - len(lead), high - len(lead)) for low, high in coded["offset_mapping"]]
-        tokens = [(token, *place) for token, place in zip(coded["input_ids"], places, strict=True)]
-        if not lead:
-            return tokens
-        cut = len(self._line_break)
-        return tokens[cut:] if coded["input_ids"][:cut] == self._line_break else self._encode_piece(piece, "")
 
     def _end_of(self, span: int, ids: list[int], owners: list[int]) -> int | None:
         """Where the span's closing end token stands: the first, where several close it."""
@@ -227,30 +224,30 @@ class Renderer:
 
 def _dated(template: str, today: datetime) -> str:
     """The template with a `strftime_now` of its own, which hides the library's and knows one moment only."""
-    fills = "".join(f"|replace('%{code}', '{today.strftime('%' + code)}')" for code in "aAwdbBmyYHIpMSjx")
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{fills} }}}}{{%- endmacro -%}}{template}"
+    words = {code: today.strftime(f"%{code}") for code in "aAwdbBmyYHIpMSfjUWxXcGuV"}
+    words |= {f"-{code}": words[code].lstrip("0") or "0" for code in "dmyHIMSj"}  # as the C libraries of Linux and macOS do
+    words |= {"e": f"{today.day:2}"} | {code: today.strftime(how) for code, how in _SHORT.items()}
+    fills = "".join(f"|replace('%{code}', '{word}')" for code, word in words.items())
+    parts = f"{{%- for part in format.split('%%') -%}}{{{{ '%' if not loop.first }}}}{{{{ part{fills} }}}}{{%- endfor -%}}"
+    return f"{{%- macro strftime_now(format) -%}}{parts}{{%- endmacro -%}}{template}"
 
 
-def _controls(token: str, template: str) -> bool:
-    """Whether an added token that is not marked special is one of those that a conversation is built of."""
-    return not token.isspace() and (token in template or token.startswith(("<|", "<\uff5c")))  # ASCII's bar, DeepSeek's wide one
-
-
-def _occurrences(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds the places where the text of a token begins, overlapping ones too."""
-    longest_first = sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t))
-    return re.compile(f"(?={'|'.join(map(re.escape, longest_first))})(.)" if longest_first else "(?!)()", re.DOTALL)
-
-
-def _broken(value: Any, barred: re.Pattern[str]) -> Any:
-    """`value` with a `BREAK` inside the text of every barred token, at any depth."""
+def _broken(value: Any, barred: Barred) -> Any:
+    """`value` with marks where a barred token would come of it, at any depth."""
     if isinstance(value, str):
-        return barred.sub(rf"\1{BREAK}", value.replace(BREAK, ""))
+        return _marked(_MARKS.sub("", value), barred)
     if isinstance(value, Mapping):
         return {_broken(k, barred): _broken(v, barred) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_broken(v, barred) for v in value]
     return value
+
+
+def _marked(text: str, barred: Barred) -> str:
+    cuts = barred.cuts(text)
+    alone = {low for low, high in pairwise(cuts) if high == low + 1}
+    pieces = pairwise([0, *cuts, len(text)])
+    return BREAK.join((PLAIN if low in alone and high > low else "") + text[low:high] for low, high in pieces) if cuts else text
 
 
 def _end_of_shared(opening: str, marked: str) -> int:
@@ -287,6 +284,8 @@ def render_all(
         except TemplateError as error:
             drops.add(f"examples the chat template refuses ({error})", conversation.source)
             continue
+        if conversation.tools and not renderer.calls.shows_tools:
+            drops.add("lists of tools left out by the chat template (the rest of the example is used)", conversation.source)
         if len(pieces) > 1:
             drops.add(
                 "conversations split into one example per answer, since the template rewrites earlier turns", conversation.source

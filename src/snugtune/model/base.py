@@ -18,6 +18,7 @@ from snugtune.model import attention, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears
 from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_model, load_tokenizer
+from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.model.source import ModelSource
 from snugtune.types import Batch, Plan, Segment
@@ -57,6 +58,7 @@ class Base:
         self.sites: dict[str, RoutedLinear] = {}
         self.embedding_noise: dict[str, float] = {}  # job -> NEFTune's alpha
         model.get_input_embeddings().register_forward_hook(self._perturb)
+        forget_lengths(model)
         self.frozen = False
         self.body = _find_body(model)  # None: only the model as a whole can be called, and gives logits
         self.native_attention = str(model.config._attn_implementation)

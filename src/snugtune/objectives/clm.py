@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from snugtune.data.documents import document_tokens, tokenise_documents
+from snugtune.data.documents import Reader, tokenise_documents
 from snugtune.data.forms import Document, Item
 from snugtune.data.sources import Drops
 from snugtune.objectives.likelihood import Likelihood, LikelihoodConfig
@@ -33,11 +33,11 @@ class Clm(Likelihood):
 
     def ask(self, text: str, tokenizer: Any) -> Prompt:
         """A text to go on with."""
-        return Prompt(text, tuple(document_tokens(text, tokenizer)), (tokenizer.eos_token_id,))
+        return Prompt(text, tuple(Reader(tokenizer).tokens(text)), (tokenizer.eos_token_id,))
 
     def ask_as(self, item: Item, tokenizer: Any) -> Prompt | None:
         """The beginning of a document; None for what is none."""
         if not isinstance(item, Document):
             return None
-        beginning = tokenizer(item.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:BEGINNING]
-        return self.ask(item.text[: beginning[-1][1]], tokenizer) if beginning else None
+        beginning = Reader(tokenizer).encode(item.text)[:BEGINNING]
+        return self.ask(item.text[: beginning[-1][2]], tokenizer) if beginning else None

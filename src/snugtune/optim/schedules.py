@@ -51,7 +51,8 @@ def learning_rate(config: _Schedule, peak: float, step: int, total: int) -> floa
     if isinstance(config, CosineConfig):
         return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
     if isinstance(config, WsdConfig):
-        return peak * _cooled(config, step - (total - _steps(config.cooldown, total)), _steps(config.cooldown, total))
+        length = min(_steps(config.cooldown, total), max(0, total - warmup))  # a run too short for both cools down from its peak
+        return peak * _cooled(config, step - (total - length), length)
     return peak
 
 

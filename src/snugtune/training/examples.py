@@ -1,15 +1,17 @@
 """A job's data, from the files its config names to tokens."""
 
 import hashlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from snugtune.config import JobConfig
-from snugtune.data.cache import TokenCache, tokenizer_identity
+from snugtune.data.cache import TokenCache, code_of, tokenizer_identity
 from snugtune.data.forms import Item
 from snugtune.data.mix import InterleaveConfig, interleave, split
 from snugtune.data.sources import Drops, SourceConfig, read_sources
@@ -107,7 +109,8 @@ def _mixed(job: JobConfig, sources: Sequence[Sequence[Item]]) -> tuple[Item, ...
 def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, note: Callable[[str], None]) -> JobData:
     """Render and tokenise, or find what was tokenised before. Raises `InputError` if nothing is left to train on."""
     objective = objective_of(job.objective)
-    settings = (objective.tokenises_by, job.max_seq_len, tokenizer_identity(tokenizer))
+    code = code_of(Path(inspect.getfile(type(objective))).parent)
+    settings = (code, objective.tokenises_by, job.max_seq_len, tokenizer_identity(tokenizer))
     cache = TokenCache(cache_dir() / "tokens", settings)
 
     def tokenise(items: Iterable[Item], drops: Drops) -> list[Example]:
