@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from snugtune.data.forms import half_character
 from snugtune.data.mix import ConcatConfig, InterleaveConfig
 from snugtune.data.sources import SourceConfig
 from snugtune.errors import InputError
@@ -316,6 +317,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_config(raw: RunConfig | Mapping[str, Any], origin: str = "config") -> RunConfig:
     """Validate a mapping. Raises `InputError` that lists every bad field."""
+    half = half_character(raw.model_dump() if isinstance(raw, RunConfig) else raw)
+    if half is not None:
+        where = ".".join(map(str, half)) or "a field's name"
+        raise InputError(f"{origin}: {where}: half a character (a lone surrogate) is no text; write it whole, in UTF-8")
     if isinstance(raw, RunConfig):
         return raw
     try:

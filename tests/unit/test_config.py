@@ -168,12 +168,15 @@ BAD_VALUES = [
     ("plan", "auto", "plan: "),
     ("jobs", "a", "jobs: "),
     ("jobs", ["a"], "jobs.0: "),
+    ("samples", {"prompts": ["a", "\ud83d"]}, "samples.prompts.1: half a character"),
+    ("jobs", [{"name": "a", "samples": {"prompts": ["\udcff"]}}], "jobs.0.samples.prompts.0: half a character"),
+    ("data", "d\udcff.jsonl", "half a character"),
     ("data", 5, "data"),
     ("data", None, "data"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value", "words"), BAD_VALUES, ids=[f"{f}={v}" for f, v, _ in BAD_VALUES])
+@pytest.mark.parametrize(("field", "value", "words"), BAD_VALUES, ids=[f"{f}={v!a}" for f, v, _ in BAD_VALUES])
 def test_a_bad_value_is_named_with_its_field(field: str, value: Any, words: str):
     message = refusal(**nested(field, value))
     assert words in message

@@ -148,6 +148,22 @@ def test_half_a_parquet_file_is_refused(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+ODD_CELLS: dict[str, Any] = {
+    "text that is not UTF-8": pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    ),
+    "beyond Python's range": pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32()),
+}
+
+
+@pytest.mark.parametrize("words", ODD_CELLS)
+def test_a_column_of_what_python_has_not_is_named(tmp_path: Path, words: str) -> None:
+    table = pyarrow.table({"text": ["a"], "odd": ODD_CELLS[words]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=rf"d\.parquet: column 'odd' cannot be read: .*{words}"):
+        list(read_records(tmp_path / "d.parquet"))
+
+
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2 records without the column 'answer' \(they have question, reply\)"):
         read(as_table(tmp_path / "d.csv"), columns={"instruction": "question", "output": "answer"})

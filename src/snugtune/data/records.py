@@ -127,10 +127,24 @@ def _parquet_rows(raw: bytes, path: Path) -> Numbered:
         raise InputError(f"data: {path}: parquet files need an extra: pip install 'snugtune[data]'") from error
     try:
         batches = pyarrow.parquet.ParquetFile(io.BytesIO(raw)).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (row for batch in batches for row in _python_rows(batch, path))
         yield from enumerate(rows, 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"data: {path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _python_rows(batch: Any, path: Path) -> list[dict[str, Any]]:
+    """The rows of a pyarrow batch. Text that is not UTF-8 and dates beyond Python's are found only now."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError) as error:
+                why = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"beyond Python's range ({error})"
+                raise InputError(f"data: {path}: column '{name}' cannot be read: {why}; mend it, or leave it out") from error
+        raise
 
 
 def _document(raw: bytes, path: Path) -> Numbered:
