@@ -9,10 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from snugtune.config import JobConfig
 from snugtune.data.forms import Conversation, Document, Preference
 from snugtune.data.records import read_records
 from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
+from snugtune.training.examples import read_job
 
 ROWS = [{"question": "Q1", "reply": "A1, or so"}, {"question": 'Say "hi"\nand bye', "reply": "hi; bye"}]
 COLUMNS = {"instruction": "question", "output": "reply"}
@@ -172,3 +174,16 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_cell_of_a_megabyte_is_read(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text\n" + "x" * 2**20 + "\n")
     assert len(read(tmp_path / "d.csv")[0].text) == 2**20
+
+
+def test_held_out_records_may_have_names_of_their_own(tmp_path: Path) -> None:
+    """A path alone takes nothing over from `data`; a source says what it needs."""
+    table = as_table(tmp_path / "d.csv")
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"q": "Q", "a": "A", "text": "t"}\n' * 2)
+    source = {"path": str(held), "columns": {"instruction": "q", "output": "a"}, "format": "alpaca", "max_examples": 1}
+    data = {"path": str(table), "columns": COLUMNS}
+    named, plain = (JobConfig.model_validate({"data": [data], "validation": v}) for v in (source, str(held)))
+    assert [[m["content"] for m in c.messages] for c in read_job(named).held_out if isinstance(c, Conversation)] == [["Q", "A"]]
+    assert len(read_job(named).train) == len(ROWS)
+    assert [type(item) for item in read_job(plain).held_out] == [Document, Document]
