@@ -263,7 +263,7 @@ def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
         if isinstance(old, dict) and isinstance(value, str) and key not in _SOURCES:
             value = {"type": value}
         same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
-        merged[key] = {**old, **value} if same_kind and isinstance(old, dict) else value
+        merged[key] = {**old, **value} if same_kind and isinstance(old, dict) and isinstance(value, dict) else value
     for given, other in (("epochs", "steps"), ("steps", "epochs")):
         if own.get(given) is not None and other not in own:
             merged[other] = None

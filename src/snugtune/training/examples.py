@@ -87,7 +87,7 @@ def read_job(job: JobConfig) -> JobText:
     sources = read_sources(job.data, drops)
     if job.validation is None:
         return JobText(_mixed(job, sources), (), drops)
-    if not isinstance(job.validation, float):
+    if isinstance(job.validation, (str, SourceConfig)):
         source = SourceConfig(path=job.validation) if isinstance(job.validation, str) else job.validation
         (held_out,) = read_sources((source,), drops)
         return JobText(_mixed(job, sources), tuple(held_out), drops)
