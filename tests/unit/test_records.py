@@ -187,3 +187,25 @@ def test_held_out_records_may_have_names_of_their_own(tmp_path: Path) -> None:
     assert [[m["content"] for m in c.messages] for c in read_job(named).held_out if isinstance(c, Conversation)] == [["Q", "A"]]
     assert len(read_job(named).train) == len(ROWS)
     assert [type(item) for item in read_job(plain).held_out] == [Document, Document]
+
+
+def calling(**arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+
+def describing(**parameters: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", "parameters": {"properties": parameters}}}]
+
+
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_calls_in_a_table_have_the_arguments_they_were_written_with(tmp_path: Path, column: str) -> None:
+    """Arrow gives each row's structs the fields of all rows; learned, they would be arguments that nobody gave."""
+    calls = [calling(city="P", days=[{"at": 1}]), calling(day="Mon", content="x", days=[{"to": 2}])]
+    tools = [describing(city={"type": "string"}), describing(day={"type": "string", "enum": ["Mon"]})]
+    rows = [{"messages": c, column: t} for c, t in zip(calls, tools, strict=True)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = read(tmp_path / "d.parquet", columns={} if column == "tools" else {"tools": column})
+    assert [c.messages[1]["tool_calls"] for c in found] == [turns[1]["tool_calls"] for turns in calls]
+    assert [list(c.tools) for c in found] == tools
+    assert [c.messages[1]["content"] for c in found] == ["", ""]
