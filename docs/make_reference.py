@@ -164,7 +164,7 @@ def kinds_in_words(annotation: Any) -> str:
     """A field that holds configs: which, by their `type`."""
     found = list(configs(annotation))
     if SourceConfig in found:
-        return "path, source, or a list of these"
+        return "number, path, source or null" if type(None) in get_args(annotation) else "path, source, or a list of these"
     tags = [f"`{tag(kind)}`" for kind in found if tag(kind)]
     return "group: " + ", ".join(tags) if tags else "group" + (" or null" if type(None) in get_args(annotation) else "")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from snugtune.data.forms import half_character
 from snugtune.data.mix import ConcatConfig, InterleaveConfig
 from snugtune.data.sources import SourceConfig
 from snugtune.errors import InputError
@@ -22,6 +23,9 @@ from snugtune.schema import Config
 DEFAULT_JOB = "default"
 MOST_FIELDS = 1000
 """More than any mapping of a config has."""
+
+_SOURCES = ("data", "validation")
+"""Fields whose short form is a path; that of the others is a type."""
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -41,6 +45,13 @@ def _typed(default: str) -> Any:
         return {"type": default, **value} if isinstance(value, dict) else value
 
     return BeforeValidator(fill)
+
+
+Validation = Annotated[
+    Annotated[float | str, Tag("plain")] | Annotated[SourceConfig, Tag("source")],
+    Discriminator(lambda value: "source" if isinstance(value, (Mapping, SourceConfig)) else "plain"),
+]
+"""What is held out: a fraction of the data, a path, or a source."""
 
 
 class EarlyStoppingConfig(Config):
@@ -113,7 +124,9 @@ class JobFields(Config):
         default=None, gt=0, le=1e6, description="passes over the data (default 1, unless steps is given)"
     )
     steps: int | None = Field(default=None, ge=1, le=10**9, description="optimizer steps, instead of epochs")
-    validation: float | str | None = Field(default=None, description="fraction of the data to hold out, or the path of a file")
+    validation: Validation | None = Field(
+        default=None, description="fraction of the data to hold out, the path of a file, or {path, format, columns, split, ...}"
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="optimizer steps between evaluations (default: only at start and end)"
     )
@@ -134,9 +147,11 @@ class JobFields(Config):
 
     @field_validator("validation")
     @classmethod
-    def _fraction(cls, value: float | str | None) -> float | str | None:
+    def _fraction(cls, value: float | str | SourceConfig | None) -> float | str | SourceConfig | None:
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError("a fraction must lie between 0 and 1 (or give the path of a file)")
+        if isinstance(value, SourceConfig) and value.weight != 1.0:
+            raise ValueError("weight: only counts where sources are interleaved")
         if value == "":
             raise ValueError("an empty path; give a fraction, the path of a file, or nothing")
         return value
@@ -255,10 +270,10 @@ def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     merged = dict(shared)
     for key, value in own.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, str):
+        if isinstance(old, dict) and isinstance(value, str) and key not in _SOURCES:
             value = {"type": value}
         same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
-        merged[key] = {**old, **value} if same_kind and isinstance(old, dict) else value
+        merged[key] = {**old, **value} if same_kind and isinstance(old, dict) and isinstance(value, dict) else value
     for given, other in (("epochs", "steps"), ("steps", "epochs")):
         if own.get(given) is not None and other not in own:
             merged[other] = None
@@ -326,6 +341,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_config(raw: RunConfig | Mapping[str, Any], origin: str = "config") -> RunConfig:
     """Validate a mapping. Raises `InputError` that lists every bad field."""
+    half = half_character(raw.model_dump() if isinstance(raw, RunConfig) else raw)
+    if half is not None:
+        where = ".".join(map(str, half)) or "a field's name"
+        raise InputError(f"{origin}: {where}: half a character (a lone surrogate) is no text; write it whole, in UTF-8")
     if isinstance(raw, RunConfig):
         return raw
     try:
@@ -364,7 +383,7 @@ def _child(place: Any, key: str, override: str) -> Any:
     if inner is None:
         inner = place[key] = {}
     elif isinstance(inner, str):
-        inner = place[key] = {"path" if key == "data" else "type": inner}  # `schedule: cosine`, --set schedule.warmup=0.1
+        inner = place[key] = {"path" if key in _SOURCES else "type": inner}  # `schedule: cosine`, --set schedule.warmup=0.1
     return inner
 
 
@@ -383,7 +402,7 @@ def _first_message(error: ValidationError) -> str:
 
 
 _BRANCHES = {
-    *("float", "str", "int", "lora", "full", "freeze", "sft", "clm"),
+    *("float", "str", "int", "plain", "source", "lora", "full", "freeze", "sft", "clm"),
     *("constant", "linear", "cosine", "wsd", "concat", "interleave", "adamw", "sgd", "lion", "adafactor"),
 }
 """What pydantic puts in a location for the branch of a union, where a person sees a field only."""

@@ -167,7 +167,8 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without_login(text: str) -> str:
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    """Up to the last `@` of an address: passwords may hold `@` and `/`. A path's (`file:///`) is no login."""
+    return re.sub(r"(?<=://)[^/\s]\S*@", "", text)
 
 
 def _reported(path: Path) -> dict[str, int]:
@@ -176,7 +177,7 @@ def _reported(path: Path) -> dict[str, int]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _without_login((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from snugtune.data.forms import Message, Unusable, read_messages
 from snugtune.data.render import Renderer
 from snugtune.errors import InputError
 from snugtune.folder import locate
@@ -42,12 +43,21 @@ class Tuned:
         self, conversations: Sequence[Conversation], sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> list[str]:
         """Answer several conversations together. Raises `InputError` for one that the chat template refuses."""
-        asked = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations]
         try:
-            prompts = [self.renderer.prompt(messages) for messages in asked]
+            prompts = [self.renderer.prompt(_messages(conversation)) for conversation in conversations]
         except TemplateError as error:
             raise InputError(f"the chat template of '{self.base.name}' cannot render this conversation: {error}") from error
         return generate(self.base, self.job, prompts, self.renderer.stop_ids, sampling, on_text)
+
+
+def _messages(conversation: Conversation) -> tuple[Message, ...]:
+    """The conversation, checked. Raises `InputError`."""
+    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+    try:
+        return read_messages(list(messages) if isinstance(messages, tuple) else messages)
+    except Unusable as error:
+        why = str(error).removeprefix("records ")
+        raise InputError(f"cannot answer a conversation {why}; give a question, or messages of role and content") from error
 
 
 def load(path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False) -> Tuned:

@@ -18,6 +18,9 @@ RUN_JSON = "run.json"
 ODD_PLAN = {"device": "cpu", "weights": "fp3", "micro_batch": 1, "recompute": "none", "head_rows": 9, "threads": 1}
 
 
+ODD_STEP = {"job": "default", "step": "x", "total_steps": 3, "epoch": 1}
+
+
 def edit_tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
     def act(folder: Path) -> None:
         tensors = load_file(folder / name)
@@ -30,7 +33,8 @@ def edit_tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object])
 def edit_job(**changes: object) -> Spoil:
     def act(checkpoint: Path) -> None:
         state = json.loads((checkpoint / RUN_JSON).read_text())
-        state["jobs"]["default"] = {k: v for k, v in (state["jobs"]["default"] | changes).items() if v is not None}
+        job = state["jobs"]["default"] | changes
+        state["jobs"]["default"] = {k: v for k, v in job.items() if v is not None or k not in changes}
         (checkpoint / RUN_JSON).write_text(json.dumps(state))
 
     return act
@@ -87,6 +91,17 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         edit(RUN_JSON, plan=ODD_PLAN),
         ("step-00000002",),
     ),
+    "step-of-a-job-in-words": (edit_job(step="x"), ("step-00000002", "default.step")),
+    "best-of-another-kind": (edit_job(best={"x": 1}), ("step-00000002", "'default'", "best.step")),
+    "best-that-is-a-number": (edit_job(best=5), ("step-00000002", "'default'", "best")),
+    "optimizer-that-is-a-list": (edit_job(optimizer=[]), ("step-00000002", "'default'", "optimizer")),
+    "optimizer-of-numbers": (edit_job(optimizer={"0": 5}), ("step-00000002", "'default'", "optimizer.0")),
+    "counts-in-words": (edit_job(stale="none"), ("step-00000002", "'default'", "stale")),
+    "ended-without-a-step": (edit_job(ended=True, failure=None, step="x"), ("step-00000002", "default.step")),
+    "ended-without-a-word": (edit_job(ended=True), ("step-00000002", "default.failure")),
+    "ended-in-numbers": (edit_job(ended=True, failure=5), ("step-00000002", "default.failure")),
+    "job-that-is-a-list": (edit(RUN_JSON, jobs={"default": []}), ("step-00000002", "default")),
+    "pending-in-words": (edit(RUN_JSON, pending=[ODD_STEP]), ("step-00000002", "step")),
     "pending-of-odd-fields": (edit(RUN_JSON, pending=[{"x": 1}]), ("step-00000002",)),
     "of-other-weights": (edit(RUN_JSON, base="0"), ("other weights", "step-00000002")),
     "a-file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), ("step-00000002",)),

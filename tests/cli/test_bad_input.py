@@ -195,8 +195,9 @@ def test_data_files(place: Path, case: str) -> None:
 def test_validation_files(place: Path, case: str) -> None:
     name, raw, named = DATA[case]
     (place / name).write_bytes(raw)
-    config(place, validation=name)
-    refused(place, "train", "config.yaml", named=named)
+    for validation in (name, {"path": name}):
+        config(place, validation=validation)
+        refused(place, "train", "config.yaml", named=named)
 
 
 ELSEWHERE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

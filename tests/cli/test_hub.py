@@ -40,16 +40,17 @@ def test_model_and_data_of_the_hub(place: Path, hub: Hub) -> None:
 
 
 TROUBLES: dict[str, tuple[str | int, str, tuple[str, ...]]] = {
-    "gated": (403, "config.json", ("model", "org/tiny")),
+    "gated": (403, "config.json", ("model", "org/tiny", "gated", "hf auth login")),
     "cut-off": ("cut", "model.safetensors", ("model", "org/tiny", "download broke off")),
-    "hanging": ("hang", "model.safetensors", ("model", "org/tiny")),
+    "hanging": ("hang", "model.safetensors", ("model", "org/tiny", "download broke off")),
     "server-error": (500, "model.safetensors", ("model", "org/tiny")),
-    "unknown": (404, "config.json", ("model", "org/tiny")),
-    "not-allowed": (401, "config.json", ("model", "org/tiny")),
+    "unknown": (404, "config.json", ("model", "org/tiny", "does not have it", "check the name")),
+    "not-allowed": (401, "config.json", ("model", "org/tiny", "no access", "hf auth login")),
     "data-cut-off": ("cut", "train.jsonl", ("data", "org/talks")),
 }
 
 
+BROKEN_OFF = ("cut-off", "hanging")  # what a server that fails said, transformers does not tell
 PATIENT = ("cut-off", "hanging", "server-error", "data-cut-off")  # huggingface_hub tries again, for up to half a minute
 
 
@@ -60,5 +61,26 @@ def test_downloads_that_fail(place: Path, hub: Hub, case: str) -> None:
     config(place, model="org/tiny", data="org/talks" if named[0] == "data" else "data.jsonl")
     with serving(hub):
         ran = online(place, hub)
-    assert_refused(ran, *named)
+    said = assert_refused(ran, *named)
+    assert ("broke off" in said) == (case in BROKEN_OFF)
+    assert not (place / "out").exists()
+
+
+MISSING: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
+    "typo": ("org/tinny", None, ("org/tinny", "no such model on the hub", "check the name")),
+    "no-config": ("org/tiny", "config.json", ("org/tiny", "config.json")),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_the_hub_does_not_have(place: Path, hub: Hub, case: str) -> None:
+    """It is no trouble of the network: the same command again would not help."""
+    model, gone, named = MISSING[case]
+    if gone:
+        (place / "model" / gone).unlink()
+    config(place, model=model)
+    with serving(hub):
+        ran = online(place, hub)
+    said = assert_refused(ran, "model", *named)
+    assert "broke off" not in said and "again" not in said
     assert not (place / "out").exists()

@@ -238,6 +238,19 @@ def test_exit_codes() -> None:
 # --- train and load ---------------------------------------------------------------------------------------------------
 
 
+ODD_CONVERSATIONS: list[tuple[Any, str]] = [
+    ("\ud800", "half a character"),
+    ([{"role": "user", "content": "\ud800"}], "half a character"),
+    ([{"content": "x"}], "without 'role'"),
+    ([{"role": "user"}], "without 'role' and 'content'"),
+    ([{"role": "user", "content": 5}], "not text"),
+    ([{"role": "oracle", "content": "x"}], "unknown role"),
+    (["x"], "without 'role'"),
+    ([], "not a list of turns"),
+    (5, "not a list of turns"),
+]
+
+
 def test_train_and_load(model_folder: Path, tmp_path: Path) -> None:
     """What the package's docstring shows; and a second time, and a third, in the same process."""
     config = tiny_run(model_folder, tmp_path)
@@ -252,6 +265,9 @@ def test_train_and_load(model_folder: Path, tmp_path: Path) -> None:
     reply = tuned.reply("Hi?", max_new_tokens=4)
     assert isinstance(reply, str)
     assert tuned.reply([{"role": "user", "content": "Hi?"}], max_new_tokens=4) == reply
+    for odd, words in ODD_CONVERSATIONS:
+        with pytest.raises(errors.InputError, match=words):
+            tuned.reply(odd)
     again = snugtune.train(config)
     assert again.already_finished
     other = snugtune.train(config | {"output": str(tmp_path / "other"), "seed": 1})

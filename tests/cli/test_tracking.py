@@ -177,6 +177,32 @@ def test_two_jobs_broken_off_and_resumed(model_folder: Path, tmp_path: Path, add
     assert addresses == []
 
 
+ADDRESSES = {
+    "http://ann:secret@host:1/x": "http://host:1/x",
+    "http://ann:s/ecr?et#1@host": "http://host",
+    "http://ann:s@cr@t@host, http://token@host": "http://host, http://host",
+    "http://host:1/x": "http://host:1/x",
+    "sqlite:////home/a@b/mlflow.db": "sqlite:////home/a@b/mlflow.db",
+    "ann@host": "ann@host",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_logins_are_left_out(address: str) -> None:
+    assert tracking._without_login(address) == ADDRESSES[address]
+
+
+@needs("mlflow")
+def test_a_server_that_is_not_there_is_named_without_the_login(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TRACKING_URI", "http://ann:s3cret@127.0.0.1:9"), ("HTTP_REQUEST_MAX_RETRIES", "0")):
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+    with pytest.raises(InputError, match=r"^tracking: mlflow cannot be opened: .*127\.0\.0\.1") as refused:
+        train(RunConfig.model_validate(config_of(model_folder, tmp_path, ["mlflow"])))
+    assert "s3cret" not in str(refused.value)
+
+
 @needs("tensorboard")
 def test_hyperparameters_are_the_config_without_logins(model_folder: Path, tmp_path: Path) -> None:
     config = RunConfig.model_validate(config_of(model_folder, tmp_path, ["tensorboard"], jobs=[{"name": "b", "batch_size": 1}]))
@@ -218,12 +244,12 @@ class Fails:
     def open(self, opening: tracking.Opening) -> tracking.Opened:
         (opening.folder / "trackio").mkdir()
         if self.when is None:
-            raise ConnectionError("no route to host\nmore")
+            raise ConnectionError("no route to http://ann:s/ecr@et@host/x\nmore")
         return tracking.Opened(self, "here", self.finish, "key")
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if step == self.when:
-            raise ConnectionError("no route to host\nmore")
+            raise ConnectionError("no route to http://ann:s/ecr@et@host/x\nmore")
         self.steps.append(step)
 
     def finish(self) -> None:
@@ -239,7 +265,9 @@ def test_a_tracker_that_cannot_be_opened_leaves_nothing(
 ) -> None:
     put(monkeypatch, Fails(None))
     config = RunConfig.model_validate(config_of(model_folder, tmp_path, ["trackio"]))
-    with pytest.raises(InputError, match=r"^tracking: trackio cannot be opened: no route to host; mend that, or take it out"):
+    with pytest.raises(
+        InputError, match=r"^tracking: trackio cannot be opened: no route to http://host/x; mend that, or take it out"
+    ):
         train(config)
     assert not (tmp_path / "run").exists()
 
@@ -250,7 +278,7 @@ def test_a_tracker_that_fails_half_way_is_forgiven(model_folder: Path, tmp_path:
     train(RunConfig.model_validate(config_of(model_folder, tmp_path, ["trackio"])), observer)
     assert tool.steps == [0, 1]
     assert [n for n in observer.notes if "stopped" in n] == [
-        "tracking: trackio stopped, training goes on without it: no route to host"
+        "tracking: trackio stopped, training goes on without it: no route to http://host/x"
     ]
     assert (tmp_path / "run/adapters/default").is_dir()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from snugtune.config import JobConfig, RunConfig, read_config, to_config
+from snugtune.data.sources import SourceConfig
 from snugtune.errors import InputError
 from snugtune.methods.full import FullConfig
 from snugtune.methods.lora import LoraConfig
@@ -137,6 +138,11 @@ BAD_VALUES = [
     ("validation", 0.0, "between 0 and 1"),
     ("validation", 1, "between 0 and 1"),
     ("validation", 1.5, "between 0 and 1"),
+    ("validation", {"path": "v", "colums": {}}, "validation: unknown field 'colums'; did you mean 'columns'?"),
+    ("validation", {"path": ""}, "validation.path: string should have at least 1"),
+    ("validation", {"format": "alpaca"}, "validation.path: required"),
+    ("validation", {"path": "v", "weight": 2}, "weight"),
+    ("validation", ["v"], "validation: "),
     ("max_grad_norm", 0, "greater than 0"),
     ("eval_every", 0, "greater than or equal to 1"),
     ("checkpoint_every", 0, "greater than or equal to 1"),
@@ -168,12 +174,15 @@ BAD_VALUES = [
     ("plan", "auto", "plan: "),
     ("jobs", "a", "jobs: "),
     ("jobs", ["a"], "jobs.0: "),
+    ("samples", {"prompts": ["a", "\ud83d"]}, "samples.prompts.1: half a character"),
+    ("jobs", [{"name": "a", "samples": {"prompts": ["\udcff"]}}], "jobs.0.samples.prompts.0: half a character"),
+    ("data", "d\udcff.jsonl", "half a character"),
     ("data", 5, "data"),
     ("data", None, "data"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value", "words"), BAD_VALUES, ids=[f"{f}={v}" for f, v, _ in BAD_VALUES])
+@pytest.mark.parametrize(("field", "value", "words"), BAD_VALUES, ids=[f"{f}={v!a}" for f, v, _ in BAD_VALUES])
 def test_a_bad_value_is_named_with_its_field(field: str, value: Any, words: str):
     message = refusal(**nested(field, value))
     assert words in message
@@ -402,6 +411,34 @@ def test_a_job_takes_what_it_does_not_give():
     first, second = jobs(shared, {}, {"seed": 9, "data": "own.jsonl", "validation": None})
     assert first == JobConfig.model_validate({"name": "job-0", "data": "d.jsonl", **shared})
     assert second == JobConfig.model_validate({"name": "job-1", **shared, "seed": 9, "data": "own.jsonl", "validation": None})
+
+
+VALIDATION = {"path": "v.csv", "columns": {"text": "words"}}
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "expected"),
+    [
+        (VALIDATION, {}, SourceConfig.model_validate(VALIDATION)),
+        (VALIDATION, {"validation": "w.jsonl"}, "w.jsonl"),
+        (VALIDATION, {"validation": 0.5}, 0.5),
+        (VALIDATION, {"validation": None}, None),
+        ("v.csv", {"validation": {**VALIDATION, "path": "w.csv"}}, SourceConfig(path="w.csv", columns={"text": "words"})),
+    ],
+)
+def test_validation_is_a_fraction_a_path_or_a_source(shared: Any, own: dict[str, Any], expected: Any):
+    """A path alone takes nothing from the source it replaces; in the stored config it stays a path."""
+    c = config(validation=shared, jobs=[{"name": "a", **own}])
+    stored = yaml.safe_load(c.to_yaml())
+    assert to_config(stored) == c
+    assert (stored["validation"] == shared) == isinstance(shared, str)
+    [job] = c.resolved_jobs()
+    assert job.validation == expected
+
+
+def test_an_override_reaches_into_the_validation_file(config_file):
+    c = with_set(config_file, "validation=v.csv", "validation.columns={text: words}")
+    assert c.validation == SourceConfig.model_validate(VALIDATION)
 
 
 def test_data_may_be_given_by_the_jobs_alone():

@@ -56,6 +56,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "nulls": {"epochs": None, "steps": 5, "validation": None, "max_grad_norm": None},
     "fraction": {"validation": 0.5},
     "path": {"validation": "held.jsonl"},
+    "validation-source": {"validation": {"path": "held.csv", "columns": {"text": "words"}}},
     "targets": {"method": {"target_modules": ["q_proj"]}},
     "pattern": {"method": {"target_modules": ".*q_proj"}},
     "pins": {"plan": {"micro_batch": 2, "weights": "bf16"}},

@@ -9,10 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from snugtune.config import JobConfig
 from snugtune.data.forms import Conversation, Document, Preference
 from snugtune.data.records import read_records
 from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
+from snugtune.training.examples import read_job
 
 ROWS = [{"question": "Q1", "reply": "A1, or so"}, {"question": 'Say "hi"\nand bye', "reply": "hi; bye"}]
 COLUMNS = {"instruction": "question", "output": "reply"}
@@ -148,6 +150,22 @@ def test_half_a_parquet_file_is_refused(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+ODD_CELLS: dict[str, Any] = {
+    "text that is not UTF-8": pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    ),
+    "beyond Python's range": pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32()),
+}
+
+
+@pytest.mark.parametrize("words", ODD_CELLS)
+def test_a_column_of_what_python_has_not_is_named(tmp_path: Path, words: str) -> None:
+    table = pyarrow.table({"text": ["a"], "odd": ODD_CELLS[words]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=rf"d\.parquet: column 'odd' cannot be read: .*{words}"):
+        list(read_records(tmp_path / "d.parquet"))
+
+
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2 records without the column 'answer' \(they have question, reply\)"):
         read(as_table(tmp_path / "d.csv"), columns={"instruction": "question", "output": "answer"})
@@ -156,3 +174,38 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_cell_of_a_megabyte_is_read(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text\n" + "x" * 2**20 + "\n")
     assert len(read(tmp_path / "d.csv")[0].text) == 2**20
+
+
+def test_held_out_records_may_have_names_of_their_own(tmp_path: Path) -> None:
+    """A path alone takes nothing over from `data`; a source says what it needs."""
+    table = as_table(tmp_path / "d.csv")
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"q": "Q", "a": "A", "text": "t"}\n' * 2)
+    source = {"path": str(held), "columns": {"instruction": "q", "output": "a"}, "format": "alpaca", "max_examples": 1}
+    data = {"path": str(table), "columns": COLUMNS}
+    named, plain = (JobConfig.model_validate({"data": [data], "validation": v}) for v in (source, str(held)))
+    assert [[m["content"] for m in c.messages] for c in read_job(named).held_out if isinstance(c, Conversation)] == [["Q", "A"]]
+    assert len(read_job(named).train) == len(ROWS)
+    assert [type(item) for item in read_job(plain).held_out] == [Document, Document]
+
+
+def calling(**arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+
+def describing(**parameters: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", "parameters": {"properties": parameters}}}]
+
+
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_calls_in_a_table_have_the_arguments_they_were_written_with(tmp_path: Path, column: str) -> None:
+    """Arrow gives each row's structs the fields of all rows; learned, they would be arguments that nobody gave."""
+    calls = [calling(city="P", days=[{"at": 1}]), calling(day="Mon", content="x", days=[{"to": 2}])]
+    tools = [describing(city={"type": "string"}), describing(day={"type": "string", "enum": ["Mon"]})]
+    rows = [{"messages": c, column: t} for c, t in zip(calls, tools, strict=True)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = read(tmp_path / "d.parquet", columns={} if column == "tools" else {"tools": column})
+    assert [c.messages[1]["tool_calls"] for c in found] == [turns[1]["tool_calls"] for turns in calls]
+    assert [list(c.tools) for c in found] == tools
+    assert [c.messages[1]["content"] for c in found] == ["", ""]

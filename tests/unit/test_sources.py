@@ -398,6 +398,22 @@ UNUSABLE = [
     pytest.param({"conversations": [said("oracle", "a")]}, "unknown role", id="sharegpt with an oracle"),
     pytest.param({"instruction": "half an emoji \ud83d", "output": "b"}, "Unicode", id="half an emoji asked"),
     pytest.param({"messages": [user("a"), assistant("half an emoji \ude00")]}, "Unicode", id="half an emoji answered"),
+    pytest.param(
+        {"messages": [user("a"), {**assistant("b"), "reasoning_content": "\ud83d"}]}, "Unicode", id="half an emoji thought"
+    ),
+    pytest.param({"messages": [{**user("a"), "name": "\ud83d"}, assistant("b")]}, "Unicode", id="half an emoji as name"),
+    pytest.param({"messages": [user("a"), assistant("b")], "tools": [{"a": ["\ud83d"]}]}, "Unicode", id="half an emoji in tools"),
+    pytest.param({"messages": [user("a"), assistant("b")], "tools": '[{"\\ud83d": 1}]'}, "Unicode", id="half an emoji as key"),
+    pytest.param(
+        {"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "f", "arguments": '"\\ud83d"'}]}]},
+        "Unicode",
+        id="half an emoji in a call",
+    ),
+    pytest.param({"text": "\ud83d"}, "Unicode", id="half an emoji as document"),
+    pytest.param({"prompt": "a", "completion": "b", "weight": 10**400}, "'weight'", id="an endless weight"),
+    pytest.param({"prompt": "a", "completion": "b", "weight": 1e-60}, "fp32", id="a weight that vanishes"),
+    pytest.param({"prompt": "a", "completion": "b", "weight": 1e300}, "fp32", id="a weight that overflows"),
+    pytest.param({"messages": [user("a"), {**assistant("b"), "weight": 1e-60}]}, "fp32", id="a turn that vanishes"),
 ]
 
 

@@ -5,6 +5,7 @@ A record that is sound but cannot be trained on raises `Unusable` with the reaso
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -17,6 +18,9 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
           "tool": "tool", "observation": "tool", "function_call": "assistant"}  # fmt: skip
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 """What OpenAI's messages may carry besides role and content; templates that know it use it."""
+_HALF = re.compile("[\ud800-\udfff]")
+_LEAST, _MOST = 1e-12, 1e12
+"""Weights that count, and are no infinity, when those of a record and a turn are multiplied and summed in fp32."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,34 @@ def read_form(record: Any, form: Form | Literal["auto"], columns: Mapping[str, s
     record = _renamed(record, columns)
     chosen = _detect(record) if form == "auto" else form
     item = _FORMS[chosen](record, source)
+    if half_character({**vars(item), "source": None}) is not None:
+        raise Unusable(_NO_TEXT)
     return replace(item, weight=_weight(record))
+
+
+def read_messages(messages: Any) -> tuple[Message, ...]:
+    """A conversation in OpenAI's form, as a person gives one to be answered. Raises `Unusable`."""
+    turns = _turns(messages, "messages", "role", "content")
+    if half_character(turns) is not None:
+        raise Unusable(_NO_TEXT)
+    return turns
+
+
+_NO_TEXT = "records with half a character (a lone surrogate, which is no Unicode text)"
+
+
+def half_character(value: Any) -> tuple[Any, ...] | None:
+    """Where in `value` (keys and positions) the first text with a lone surrogate is, which UTF-8 cannot write; else None."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    while waiting:  # no recursion: JSON may be nested more deeply than Python calls
+        path, inner = waiting.pop()
+        if isinstance(inner, str) and _HALF.search(inner):
+            return path
+        if isinstance(inner, Mapping):
+            waiting += [entry for k, v in inner.items() for entry in (((*path, k), v), (path, k))][::-1]
+        elif isinstance(inner, (list, tuple)):
+            waiting += [((*path, i), v) for i, v in enumerate(inner)][::-1]
+    return None
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
@@ -99,10 +130,12 @@ def _weight(record: Mapping[str, Any]) -> float:
     value = record.get("weight", 1.0)
     try:
         weight = float(1.0 if value is None or value == "" else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer beyond any float
         weight = math.nan
     if isinstance(value, bool) or not (math.isfinite(weight) and weight >= 0):
         raise Unusable("records whose 'weight' is not a number of at least 0")
+    if weight and not _LEAST <= weight <= _MOST:
+        raise Unusable(f"records whose 'weight' is beyond what fp32 counts with (0, or {_LEAST:g} to {_MOST:g})")
     return weight
 
 
@@ -112,8 +145,6 @@ def _text(record: Mapping[str, Any], key: str) -> str:
         return ""
     if not isinstance(value, str):
         raise Unusable(f"records whose '{key}' is not text")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise Unusable("records with half a character (a lone surrogate, which is no Unicode text)")
     return value
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,44 @@ def _parquet_rows(raw: bytes, path: Path) -> Numbered:
         raise InputError(f"data: {path}: parquet files need an extra: pip install 'snugtune[data]'") from error
     try:
         batches = pyarrow.parquet.ParquetFile(io.BytesIO(raw)).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (without_blanks(row) for batch in batches for row in _python_rows(batch, path))
         yield from enumerate(rows, 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"data: {path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _python_rows(batch: Any, path: Path) -> list[dict[str, Any]]:
+    """The rows of a pyarrow batch. Text that is not UTF-8 and dates beyond Python's are found only now."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError) as error:
+                why = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"beyond Python's range ({error})"
+                raise InputError(f"data: {path}: column '{name}' cannot be read: {why}; mend it, or leave it out") from error
+        raise
+
+
+def without_blanks(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table without what Arrow puts in: its columns' structs have all fields of all rows, None where a row had none.
+
+    A record and its turns stay as they are (their forms know None); what they hold, as arguments of calls, loses such fields.
+    """
+    return {name: _pruned(value, 0 if _are_turns(value) else 1) for name, value in row.items()}
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(v, dict) and ("role" in v or "from" in v) for v in value)
+
+
+def _pruned(value: Any, depth: int) -> Any:
+    if isinstance(value, list):
+        return [_pruned(inner, depth) for inner in value]
+    if isinstance(value, dict):
+        return {k: _pruned(v, depth + 1) for k, v in value.items() if v is not None or depth == 0}
+    return value
 
 
 def _document(raw: bytes, path: Path) -> Numbered:

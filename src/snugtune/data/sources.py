@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from snugtune.data.forms import Form, Item, Unusable, read_form
-from snugtune.data.records import ENDINGS, READERS, Records, read_records
+from snugtune.data.records import ENDINGS, READERS, Records, read_records, without_blanks
 from snugtune.errors import InputError
 from snugtune.files import user_path
 from snugtune.schema import Config
@@ -118,7 +118,7 @@ def _hub_records(source: SourceConfig) -> Records:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=source.streaming)
         for number, row in enumerate(rows, 1):  # a stream may break off at any row
             assert isinstance(row, Mapping)
-            yield f"{source.path}:{source.split}:{number}", row
+            yield f"{source.path}:{source.split}:{number}", without_blanks(row)
     except Exception as error:  # the network, the file's form, the library: each has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"data: '{source.path}' is neither a file here nor a dataset that the hub gives: {reason}") from error

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +23,46 @@ from snugtune.types import Plan, Recompute, Width
 
 FORMAT = 3
 _BEST = "best-"
+
+
+class _Progress(BaseModel):
+    """What is known of every job."""
+
+    step: int
+
+
+class _Ended(_Progress):
+    failure: str | None
+
+
+class _Position(_Progress):
+    """Whose step a report is of."""
+
+    job: str
+
+
+class _Best(_Progress):
+    eval_loss: float
+
+
+class _Entry(BaseModel):
+    """An optimizer's state of one weight."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, list[int]]
+
+
+class _Numbers(_Progress):
+    """The plain numbers of a job that goes on."""
+
+    data: str
+    skipped_in_a_row: int
+    seen_tokens: int
+    seen_label_tokens: int
+    stale: int
+    best: _Best | None
+    optimizer: dict[str, _Entry]
+    scaler: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +79,7 @@ class Checkpoint:
     def restore(self, job: Job) -> None:
         """Bring a freshly started job to where it stood. Raises `InputError` when its data is not what it was."""
         numbers = self.jobs.get(job.name, {})
-        if not {"data", "step", "skipped_in_a_row", "scaler"} <= numbers.keys():
+        if not _Numbers.model_fields.keys() <= numbers.keys():
             raise InputError(f"{self.folder}: knows too little of job '{job.name}'; delete it to go on from the one before")
         if numbers["data"] != job.data.fingerprint:
             raise InputError(
@@ -46,6 +87,7 @@ class Checkpoint:
                 "tokenizer or the chat template has changed); bring them back, or give a new output folder"
             )
         try:
+            _check(_Numbers, numbers)
             job.load_state(load_file(self.folder / f"{job.name}.safetensors"), numbers)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             why = f"the checkpoint of job '{job.name}' cannot be read: {error}"
@@ -132,10 +174,20 @@ def _check_types(found: Checkpoint) -> None:
     for name, allowed in (("weights", get_args(Width)), ("recompute", get_args(Recompute)), ("device", ("cpu", "cuda"))):
         if getattr(found.plan, name) not in allowed:
             raise ValueError(f"plan: {name} is {getattr(found.plan, name)!r}")
-    if not isinstance(found.step, int) or not isinstance(found.jobs, dict):
-        raise ValueError("its step or its jobs are not what they should be")
+    _check(int, found.step)
+    _check(dict[str, _Progress], found.jobs)
+    _check(dict[str, _Ended], {name: job for name, job in found.jobs.items() if job.get("ended")})
     for fields in found.pending:
-        StepMetrics(**fields)
+        _check(_Position, asdict(StepMetrics(**fields)))
+
+
+def _check(kind: Any, value: Any) -> None:
+    """Raises `ValueError`, in one line, where `value` is not of the type `kind`."""
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'step'}: {first['msg']}") from error
 
 
 def _folders(root: Path) -> list[Path]:

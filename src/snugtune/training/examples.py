@@ -89,8 +89,9 @@ def read_job(job: JobConfig) -> JobText:
     sources = read_sources(job.data, drops)
     if job.validation is None:
         return JobText(_mixed(job, sources), (), drops)
-    if isinstance(job.validation, str):
-        (held_out,) = read_sources((SourceConfig(path=job.validation),), drops)
+    if isinstance(job.validation, (str, SourceConfig)):
+        source = SourceConfig(path=job.validation) if isinstance(job.validation, str) else job.validation
+        (held_out,) = read_sources((source,), drops)
         return JobText(_mixed(job, sources), tuple(held_out), drops)
     if all(len(items) < 2 for items in sources):
         raise InputError("validation: 1 example cannot be split; give more data or no validation")
