@@ -3,7 +3,6 @@
 import contextlib
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from snugtune.console import Console
+from snugtune.console import Console, printable
 from snugtune.errors import InputError
 from snugtune.model.generate import Sampling
 from snugtune.tuned import Tuned
@@ -49,7 +48,7 @@ class Talk:
 
                     def hear(text: str, name: str = name) -> None:
                         answers[name] += text
-                        show(name, _harmless(text) if self.console.out.is_terminal else text)
+                        show(name, printable(text) if self.console.out.is_terminal else text)
 
                     asked = [*self.histories[name], {"role": "user", "content": question}]
                     answers[name] = tuned.reply(asked, self.sampling, hear)
@@ -129,11 +128,6 @@ def _obey(command: str, talk: Talk, console: Console) -> None:
             console.note(f"there is no command {command}; these there are:")
         for name, what in COMMANDS.items():
             console.note(f"{name:<6} {what}")
-
-
-def _harmless(text: str) -> str:
-    """Without control characters: what a model says must not move the cursor or recolour the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The `snugtune` command: thin, no logic. Everything heavy is imported by the command that needs it."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +23,7 @@ class _Group(TyperGroup):
             _console().error(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            _console().error("interrupted")
+            typer.echo("error: interrupted", err=True)  # nothing is imported for it: it may come in the middle of imports
             raise typer.Exit(Interrupted.exit_code) from None
 
 
@@ -46,6 +48,8 @@ def _console() -> Any:
     from snugtune.console import Console, quiet_libraries
 
     quiet_libraries()
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is imported now can be interrupted and tidied up
     return Console()
 
 
@@ -201,6 +205,14 @@ def schema() -> None:
     typer.echo(config_schema_text(), nl=False)
 
 
+def _leave(number: int, frame: object) -> None:
+    """Ctrl-C while libraries are still being imported: an exception inside their C code would crash Python."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(Interrupted.exit_code)
+
+
 def main() -> None:
     """Entry point of the `snugtune` command and of `python -m snugtune`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
     app(prog_name="snugtune")

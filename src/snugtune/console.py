@@ -2,6 +2,7 @@
 
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +158,7 @@ class Console:
         for job in result.artefacts:
             lines = [m for m in result.metrics if m["job"] == job]
             losses = [m["loss"] for m in lines if "loss" in m]
-            held = [m["eval_loss"] for m in lines if "eval_loss" in m]
-            table.add_row(job, str(lines[-1]["step"]), arrow(losses), arrow(held))
+            table.add_row(job, str(lines[-1]["step"]), arrow(losses), arrow(result.held_out.get(job, ())))
         self.out.print(table)
         peak = f"; peak memory {gib(result.peak_bytes)}" if result.peak_bytes else ""
         took = f"trained in {result.seconds:.0f} s{peak}; " if not result.already_finished else ""
@@ -192,6 +192,11 @@ def shortened(name: str, width: int) -> str:
         return name
     tail = (width - 1) // 2
     return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model or a file says must not move the cursor or recolour the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def step_facts(metrics: StepMetrics, count: int = 3) -> str:

@@ -26,7 +26,7 @@ from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, start_job
-from snugtune.training.metrics import StepMetrics, read_metrics
+from snugtune.training.metrics import StepMetrics, held_out_course, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
 
 
@@ -56,13 +56,15 @@ class Silent:
 class RunResult:
     """What a run left behind. `artefacts`: job name -> adapter or model folder; `seconds` of this session's training.
 
-    `metrics` and `samples` are the lines of `metrics.jsonl` and `samples.jsonl`.
+    `metrics` and `samples` are the lines of `metrics.jsonl` and `samples.jsonl`; `held_out`: each job's held-out losses,
+    from before training to that of its result.
     """
 
     folder: Path
     artefacts: Mapping[str, Path]
     metrics: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
+    held_out: Mapping[str, Sequence[float]]
     peak_bytes: int | None
     seconds: float = 0.0
     already_finished: bool = False
@@ -227,7 +229,9 @@ def _result(folder: RunFolder, jobs: Sequence[JobConfig], already_finished: bool
     artefacts = {job.name: folder.artefact(job) for job in jobs}
     peak = folder.read_plan()["measured_peak_bytes"]
     samples = read_metrics(folder.samples) if folder.samples.exists() else []
-    return RunResult(folder.path, artefacts, read_metrics(folder.metrics), samples, peak, seconds, already_finished)
+    metrics = read_metrics(folder.metrics)
+    held = {j.name: held_out_course([m for m in metrics if m["job"] == j.name], j.keep_best) for j in jobs}
+    return RunResult(folder.path, artefacts, metrics, samples, held, peak, seconds, already_finished)
 
 
 @contextmanager

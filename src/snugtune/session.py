@@ -70,6 +70,8 @@ class Session:
             assert job.best is not None
             load_best(self.folder.checkpoints, job)  # again, where a run is resumed here
             note(f"{job.name}: the result is the state of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}")
+        if job.best is not None and job.untuned is not None and job.best.eval_loss >= job.untuned:
+            note(f"{job.name}: no evaluation was better than the untuned model's, {job.untuned:.4f}; try a lower optimizer.lr")
         _save_artefact(self, job)
 
     def reported(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.text import Text
 
 from snugtune.config import JobConfig, RunConfig
-from snugtune.console import Console
+from snugtune.console import Console, printable
 from snugtune.data.mix import total_steps
 from snugtune.model.load import load_tokenizer
 from snugtune.model.source import find_model
@@ -34,7 +34,7 @@ def _show_example(example: Example, tokenizer: Any, console: Console) -> None:
     console.say(f"{example.source}: {len(example.tokens)} tokens, {trained} trained", style="bold")
     line = Text()
     for ids, is_trained in _runs(example):
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        text = printable(tokenizer.decode(ids, skip_special_tokens=False))
         if not is_trained:
             line.append(text)
         elif console.out.is_terminal:

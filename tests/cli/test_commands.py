@@ -10,8 +10,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 import torch
 import yaml
 from common import (
+    SNUGTUNE,
     Ran,
     assert_refused,
     command,
@@ -117,6 +120,27 @@ def test_train_writes_the_run_folder(trained: Trained) -> None:
         *(f"adapters/default/{name}" for name in adapter),
         *(f"checkpoints/step-000000{step}/{name}" for step in (20, 40) for name in ("run.json", "default.safetensors")),
     }
+
+
+def test_ctrl_c_while_libraries_are_imported(tmp_path: Path) -> None:
+    """At any moment of the start: one line, no traceback, no crash."""
+    for delay in (0.3, 0.6, 1.0):
+        process = subprocess.Popen(
+            [*SNUGTUNE, "doctor", "--quick"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (130, 0, -signal.SIGINT), err  # -SIGINT: before a line of ours has run
+        assert "Traceback" not in err or process.returncode == -signal.SIGINT, err
+
+
+def test_data_show_prints_no_control_characters(tmp_path: Path, model_folder: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", [messages("evil \x1b[31mred\x1b[0m", "ok\x07")])
+    config = write_config(tmp_path / "c.yaml", model=model_folder, data=tmp_path / "data.jsonl", output=tmp_path / "run")
+    shown = here("data", "show", config)
+    assert shown.code == 0 and "red" in shown.out
+    assert not any(ord(c) < 32 and c != "\n" for c in shown.out)
 
 
 def test_train_says_what_it_does(trained: Trained) -> None:

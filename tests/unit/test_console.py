@@ -101,7 +101,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 
 def test_a_table_of_results_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = [{"job": LONG, "step": 2, "loss": 2.0, "eval_loss": 3.0}, {"job": LONG, "step": 3, "loss": 1.0, "eval_loss": 2.0}]
-    result = RunResult(Path("run"), {LONG: Path("run/adapters") / LONG}, metrics, [], 2**30)
+    result = RunResult(Path("run"), {LONG: Path("run/adapters") / LONG}, metrics, [], {LONG: (3.0, 2.0)}, 2**30)
     Console().results(result)
     out = capsys.readouterr().out
     assert re.search(rf"{LONG} +3 +2\.0000 -> 1\.0000 +3\.0000 -> 2\.0000", out)

@@ -21,6 +21,7 @@ from snugtune.data.pack import collate, make_chunk
 from snugtune.errors import InputError, Interrupted
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.optim import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
+from snugtune.report import write_report
 from snugtune.run import Silent, train
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job
@@ -236,6 +237,33 @@ def test_the_last_samples_are_of_the_result(tmp_path: Path, model_folder: Path) 
     assert [e["step"] for e in entries] == [0, lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]]
     assert snugtune.load(tmp_path / "run").reply("What is 3?", max_new_tokens=12) == entries[-1]["answer"]
     assert not list((tmp_path / "run" / "checkpoints").glob("best-*")), "the best state is the result now"
+
+
+def test_a_result_no_better_than_the_base_says_so(tmp_path: Path, model_folder: Path) -> None:
+    """And every count of its held-out loss is that of the state that is kept."""
+    learned = {"method": "full", "steps": 40, "optimizer": {"lr": 3e-3}, "output": str(tmp_path / "learned")}
+    good = train(to_config(fields(tmp_path, model_folder, **learned))).artefacts["default"]
+    seen = Stopper()
+    options = {"keep_best": True, "eval_every": 1, "steps": 3, "optimizer": {"lr": 5.0}}
+    result = train(to_config(fields(tmp_path, good, **options)), seen)
+    evaluations = [m["eval_loss"] for m in lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in m]
+    assert min(evaluations[1:]) > evaluations[0], "the loss fell; the test shows nothing"
+    assert any("no evaluation was better than the untuned model's" in note for note in seen.notes)
+    assert (result.held_out["default"][0], result.held_out["default"][-1]) == (evaluations[0], min(evaluations[1:]))
+    kept = evaluations.index(min(evaluations[1:]))
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"{min(evaluations[1:]):.3f} (step {kept})" in page
+    assert kept == 3 or f"(the state of step {kept})" in page
+
+
+def test_a_report_writes_over_reports_alone(tmp_path: Path, model_folder: Path) -> None:
+    train(to_config(fields(tmp_path, model_folder, steps=1)))
+    data = (tmp_path / "train.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"train\.jsonl: it exists and is no report"):
+        write_report(tmp_path / "run", tmp_path / "train.jsonl")
+    assert (tmp_path / "train.jsonl").read_bytes() == data
+    for _ in range(2):
+        assert write_report(tmp_path / "run", tmp_path / "page.html").is_file()
 
 
 def test_a_failure_outlives_a_checkpoint(tmp_path: Path) -> None:

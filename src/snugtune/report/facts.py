@@ -70,6 +70,7 @@ class JobFacts:
     data: DataFacts | None = None
     samples: list[Sample] = field(default_factory=list)
     artefact: Path | None = None
+    keep_best: bool = False
 
     @property
     def finished(self) -> bool:
@@ -114,7 +115,7 @@ def read_facts(path: Path) -> RunFacts:
     jobs: dict[str, JobFacts] = {}
     config = _config(run, problems)
     for job in config.resolved_jobs() if config else ():
-        jobs[job.name] = JobFacts(job.name, artefact=run.artefact(job))
+        jobs[job.name] = JobFacts(job.name, artefact=run.artefact(job), keep_best=job.keep_best)
     for line in _lines(run.metrics, problems):
         try:
             jobs.setdefault(line["job"], JobFacts(line["job"])).add(line)

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from snugtune.errors import InputError
 from snugtune.files import write_whole
 from snugtune.folder import RunFolder
 from snugtune.report.charts import SIDE, Chart, Trace, bucketed, chart, line, number, running_mean, step_scale, value_scale
@@ -28,6 +29,7 @@ DOTTED_JOBS = 5
 SAMPLE_CHARS = 40_000
 """Characters of an answer and of a prompt that are shown, shared by the jobs; more is cut, and that is said."""
 PLACES = 10
+_GENERATOR = '<meta name="generator" content="snugtune report">'
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,23 @@ class Prompt:
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the page of a run (to `report.html` in its folder). Raises `InputError`, `StorageError`."""
+    """Write the page of a run (to `report.html` in its folder). Raises `InputError`, `StorageError`.
+
+    An `output` that exists is written over only where it is such a page.
+    """
     target = output or RunFolder(folder).report
+    if output is not None and target.exists() and not _is_report(target):
+        raise InputError(f"--output {target}: it exists and is no report of snugtune; give another file")
     write_whole(target, render(read_facts(folder)))
     return target
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _GENERATOR.encode() in file.read(4096)
+    except OSError:
+        return False  # a folder, or nothing that can be read
 
 
 def render(run: RunFacts, written: datetime | None = None) -> str:
@@ -111,10 +126,16 @@ def render(run: RunFacts, written: datetime | None = None) -> str:
 
 def _row(job: JobFacts, index: int) -> Row:
     losses, held = (job.series[name].finite() for name in ("loss", "eval_loss"))
-    best = min(held, key=lambda p: p[1]) if held else None
+    trained = [point for point in held if point[0] > 0]
+    best = min(trained, key=lambda p: p[1]) if trained else None
     best_text = f"{best[1]:.3f} (step {best[0]:,})" if best else "-"
-    state = "finished" if job.finished else "not begun" if not job.step else f"at step {job.step:,} of {job.total:,}"
+    state = "not begun" if not job.step else f"at step {job.step:,} of {job.total:,}"
+    if job.finished:
+        state = "finished" if job.step == job.total else f"stopped early, at step {job.step:,} of {job.total:,}"
     result = f"{job.artefact.parent.name}/{job.artefact.name}" if job.artefact and job.finished else "-"
+    if job.finished and job.keep_best and best and best[0] != job.step:
+        result += f" (the state of step {best[0]:,})"
+        held = [point for point in held if point[0] <= best[0]]
     return Row(
         job,
         _course(losses),

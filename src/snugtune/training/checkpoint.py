@@ -60,6 +60,9 @@ class _Numbers(_Progress):
     seen_tokens: int
     seen_label_tokens: int
     stale: int
+    untuned: float | None
+    to_beat: float | None
+    failure: str | None
     best: _Best | None
     optimizer: dict[str, _Entry]
     scaler: dict[str, Any] | None

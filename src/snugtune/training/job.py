@@ -20,7 +20,7 @@ from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import Chunk, Plan
 
-_COUNTERS = ("step", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "to_beat", "stale", "failure")
+_COUNTERS = ("step", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale", "failure")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Job:
     skipped_in_a_row: int = 0
     seen_tokens: int = 0
     seen_label_tokens: int = 0
+    untuned: float | None = None  # held-out loss before training
     best: Best | None = None
     to_beat: float | None = None  # the held-out loss that patience is measured from
     stale: int = 0  # evaluations since then
@@ -79,6 +80,8 @@ class Job:
 
     def judge(self, metrics: StepMetrics) -> bool:
         """Take note of an evaluation. Returns whether it is the best so far; step 0, before training, does not count."""
+        if metrics.step == 0:
+            self.untuned = metrics.eval_loss
         if metrics.step == 0 or metrics.eval_tokens is None:
             return False
         eval_loss = math.inf if metrics.eval_loss is None else metrics.eval_loss

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file. Raises `InputError` when it is gone or damaged."""
     return [_entry(path, line) for line in _complete_lines(path)]
+
+
+def held_out_course(lines: Sequence[Mapping[str, Any]], keep_best: bool) -> list[float]:
+    """A job's held-out losses, from before training to that of its result: its last state, or the best after training began."""
+    held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    trained = [loss for step, loss in held if step > 0]
+    if not (keep_best and trained):
+        return [loss for _, loss in held]
+    return [loss for step, loss in held if step == 0] + trained[: trained.index(min(trained)) + 1]
 
 
 def _up_to(path: Path, resume_at: Mapping[str, int]) -> list[str]:
