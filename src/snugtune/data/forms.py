@@ -87,12 +87,20 @@ _NO_TEXT = "records with half a character (a lone surrogate, which is no Unicode
 
 
 def half_character(value: Any) -> tuple[Any, ...] | None:
-    """Where in `value` (keys and positions) the first text with a lone surrogate is, which UTF-8 cannot write; else None."""
+    """Where in `value` (keys and positions) the first text with a lone surrogate is, which UTF-8 cannot write; else None.
+
+    What YAML's anchors put in many places is looked at once.
+    """
+    seen: set[int] = set()
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
     while waiting:  # no recursion: JSON may be nested more deeply than Python calls
         path, inner = waiting.pop()
         if isinstance(inner, str) and _HALF.search(inner):
             return path
+        if isinstance(inner, (Mapping, list, tuple)):
+            if id(inner) in seen:
+                continue
+            seen.add(id(inner))
         if isinstance(inner, Mapping):
             waiting += [entry for k, v in inner.items() for entry in (((*path, k), v), (path, k))][::-1]
         elif isinstance(inner, (list, tuple)):
