@@ -98,7 +98,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "optimizer-of-numbers": (edit_job(optimizer={"0": 5}), ("step-00000002", "'default'", "optimizer.0")),
     "counts-in-words": (edit_job(stale="none"), ("step-00000002", "'default'", "stale")),
     "ended-without-a-step": (edit_job(ended=True, failure=None, step="x"), ("step-00000002", "default.step")),
-    "ended-without-a-word": (edit_job(ended=True), ("step-00000002", "default.failure")),
+    "ended-without-a-word": (edit_job(ended=True, failure=None), ("step-00000002", "default.failure")),
     "ended-in-numbers": (edit_job(ended=True, failure=5), ("step-00000002", "default.failure")),
     "job-that-is-a-list": (edit(RUN_JSON, jobs={"default": []}), ("step-00000002", "default")),
     "pending-in-words": (edit(RUN_JSON, pending=[ODD_STEP]), ("step-00000002", "step")),
