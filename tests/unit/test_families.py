@@ -31,6 +31,12 @@ from snugtune.data.forms import Conversation, read_form
 from snugtune.data.render import TRAINING_DATE, Renderer, TrainOn, render_all
 from snugtune.data.sources import Drops
 
+every_talk_taken = pytest.mark.parametrize(
+    ("name", "conversation"),
+    [(n, c) for n in FAMILIES for c, talk in TALKS.items() if FAMILIES[n].system or talk[0]["role"] != "system"],
+)
+"""Each family with the talks that it takes: some have no system turn."""
+
 # What is trained -------------------------------------------------------------------------------------------------------
 
 
@@ -162,13 +168,10 @@ def test_thoughts_between_calls_stay():
     check("qwen3", messages, TOOLS)
 
 
-@every_family
-@pytest.mark.parametrize("conversation", TALKS)
+@every_talk_taken
 def test_only_families_that_rewrite_are_split(name: str, conversation: str):
     messages = TALKS[conversation]
     drops = Drops()
-    if messages[0]["role"] == "system" and not FAMILIES[name].system:
-        pytest.skip("the family takes no system turn")
     examples = render_all([Conversation(tuple(messages), "x:1")], tokenizer_of(name), 1000, drops)
     split = FAMILIES[name].rewrites and conversation == "three questions"
     assert len(examples) == (3 if split else 1) and bool(drops.counts) == split
@@ -213,13 +216,10 @@ def chosen(name: str, messages: Messages, train_on: TrainOn, tools: Tools = ()) 
     return [renderer.tokenize(rendered) for rendered in renderer.render(messages, tools)]
 
 
-@every_family
-@pytest.mark.parametrize("conversation", TALKS)
+@every_talk_taken
 def test_the_last_answer_alone(name: str, conversation: str):
     """The last of the answers that are trained otherwise, in one example, after the same tokens."""
     messages = TALKS[conversation]
-    if messages[0]["role"] == "system" and not FAMILIES[name].system:
-        pytest.skip("the family takes no system turn")
     ids, weights = tokenised(name, messages)[-1]
     [(same_ids, last)] = chosen(name, messages, "last_answer")
     assert same_ids == ids and trained_runs(ids, last) == trained_runs(ids, weights)[-1:]
@@ -227,13 +227,10 @@ def test_the_last_answer_alone(name: str, conversation: str):
     assert last[first:] == weights[first:] and not any(last[:first])
 
 
-@every_family
-@pytest.mark.parametrize("conversation", TALKS)
+@every_talk_taken
 def test_everything(name: str, conversation: str):
     """All tokens of the whole talk in one example, but for the first, which nothing predicts."""
     messages = TALKS[conversation]
-    if messages[0]["role"] == "system" and not FAMILIES[name].system:
-        pytest.skip("the family takes no system turn")
     tokenizer = tokenizer_of(name)
     [example] = render_all([Conversation(tuple(messages), "x:1")], tokenizer, 1000, Drops(), "everything")
     assert example.weights.tolist() == [0.0] + [1.0] * (len(example.tokens) - 1)
