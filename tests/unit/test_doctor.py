@@ -65,7 +65,7 @@ def test_numbers_are_sane(report: doctor.Report) -> None:
     assert 1 <= report.processor.usable <= report.processor.cores
     assert 0 < report.memory.available <= report.memory.total
     assert all(f.free > 0 for f in report.folders)
-    assert report.threads.torch == torch.get_num_threads()
+    assert report.threads.torch >= 1
     assert report.auto.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert any(f"weights {report.auto.weights}" in reason for reason in report.auto.reasons)
     assert {f.name for f in report.formats} == {"fp32", "bf16", "fp16", "int8", "fp8"}
@@ -218,6 +218,7 @@ def test_allocator(tmp_path: Path) -> None:
 
 def test_threads_follow_the_environment() -> None:
     found = machine.threads({"OMP_NUM_THREADS": "3"})
+    assert found.torch == torch.get_num_threads()
     assert (found.omp_num_threads, found.mkl_num_threads) == ("3", None)
 
 
