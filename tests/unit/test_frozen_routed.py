@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from conftest import nll_alone, relative, sequences, tiny_model
+from snugtune.model.formats import Dense, Parts
 from snugtune.model.frozen import FrozenLinear, freeze_linears
 from snugtune.model.routed import RoutedLinear, Router, Slot
 from snugtune.types import Segment
@@ -27,21 +28,20 @@ def _randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 
 
 def _frozen(dtype: torch.dtype = torch.float64, bias: bool = True) -> FrozenLinear:
-    return FrozenLinear(_randn(OUT, IN, dtype=dtype, seed=1), _randn(OUT, dtype=dtype, seed=2) if bias else None)
+    return FrozenLinear.dense(_randn(OUT, IN, dtype=dtype, seed=1), _randn(OUT, dtype=dtype, seed=2) if bias else None)
 
 
 class Transient(FrozenLinear):
     """A stand-in for quantised and streamed layers: the weight is made when asked for, and somebody counts who keeps it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__(weight, bias)
+        super().__init__(Dense(weight.dtype), {"dense": weight}, (weight.shape[0], weight.shape[1]), bias, weight.dtype)
         self.handed_out: list[weakref.ref[Tensor]] = []
 
-    @property
-    def weight(self) -> Tensor:
-        made = self.stored.clone()
+    def parts(self) -> Parts:
+        made = self.stored_dense.clone()
         self.handed_out.append(weakref.ref(made))
-        return made
+        return {"dense": made}
 
     def alive(self) -> int:
         return sum(ref() is not None for ref in self.handed_out)
@@ -147,7 +147,7 @@ def test_no_saved_tensor_is_the_weight(wrap: Callable[[FrozenLinear], nn.Module]
     with saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         y = wrap(frozen)(_randn(T, IN).requires_grad_())
     storages = {t.untyped_storage().data_ptr() for t in saved}
-    assert frozen.stored.untyped_storage().data_ptr() not in storages
+    assert frozen.stored_dense.untyped_storage().data_ptr() not in storages
     assert _held_by_graph(y) == []
 
 
@@ -157,11 +157,11 @@ def test_backward_uses_the_weight_it_fetches_then(wrap: Callable[[FrozenLinear],
     frozen = _frozen()
     layer = wrap(frozen).eval()
     x, direction = _randn(T, IN).requires_grad_(), _randn(T, OUT, seed=3)
-    frozen.stored.mul_(2)
+    frozen.stored_dense.mul_(2)
     (doubled,) = torch.autograd.grad((layer(x) * direction).sum(), x)
-    frozen.stored.div_(2)
+    frozen.stored_dense.div_(2)
     y = layer(x)
-    frozen.stored.mul_(2)  # raises in autograd's version check if the weight was saved
+    frozen.stored_dense.mul_(2)  # raises in autograd's version check if the weight was saved
     (ours,) = torch.autograd.grad((y * direction).sum(), x)
     torch.testing.assert_close(ours, doubled)
 
@@ -437,7 +437,7 @@ def test_bf16_is_no_worse_than_plain_bf16_lora() -> None:
         y = leaves[0] @ weight.to(dtype).t() + 0.5 * ((leaves[0] @ leaves[1].t()) @ leaves[2].t())
         return [y.detach(), *torch.autograd.grad((y * direction.to(dtype)).sum(), leaves)]
 
-    site = RoutedLinear(FrozenLinear(weight, None), Router((Segment("j", slice(None), 0),)), "s")
+    site = RoutedLinear(FrozenLinear.dense(weight), Router((Segment("j", slice(None), 0),)), "s")
     site.slots["j"] = Slot(a.float().requires_grad_(), b.float().requires_grad_(), 0.5)
     mine = x.clone().requires_grad_()
     y = site(mine)
@@ -456,7 +456,7 @@ def _mask_of(
     p: float, seed: int, name: str = "site", start: int = 0, rows: int = 64, width: int = 128, train: bool = True
 ) -> Tensor:
     """What LoRA's branch sees of an input of ones: W = 0 and A = B = 1 lay dropout bare."""
-    frozen = FrozenLinear(torch.zeros(width, width), None)
+    frozen = FrozenLinear.dense(torch.zeros(width, width))
     router = Router((Segment("j", slice(start, start + rows), seed),))
     site = RoutedLinear(frozen, router, name).train(train)
     site.slots["j"] = Slot(torch.eye(width), torch.eye(width), 1.0, p)

@@ -67,7 +67,7 @@ def _case(bias: bool = False, n: int = N, dtype: torch.dtype = torch.float64) ->
 
 
 def _frozen_head(case: Case, scale: float, cap: float | None, dtype: torch.dtype = torch.float64, rows: int = 512) -> Head:
-    layer = FrozenLinear(case.weight.to(dtype), None if case.bias is None else case.bias.to(dtype))
+    layer = FrozenLinear.dense(case.weight.to(dtype), None if case.bias is None else case.bias.to(dtype))
     return Head(layer, Logits(scale, cap), rows)
 
 
@@ -344,7 +344,7 @@ def test_the_head_knows_whose_rows_it_scores() -> None:
 
 def test_dropout_on_the_head_differs_between_its_chunks_of_rows() -> None:
     """One mask for every rows_at_once rows would be no dropout over the rows at all; recompute draws the same again."""
-    layer = FrozenLinear(torch.zeros(V, D, dtype=torch.float64), None)
+    layer = FrozenLinear.dense(torch.zeros(V, D, dtype=torch.float64))
     segment = Segment("j", slice(0, 8), 5)
     site = RoutedLinear(layer, Router(), "lm_head")
     a, b = torch.randn(4, D).double().requires_grad_(), torch.randn(V, 4).double().requires_grad_()

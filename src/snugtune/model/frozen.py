@@ -12,21 +12,43 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from snugtune.model.formats import Dense, Format, Parts
+
 
 class FrozenLinear(nn.Linear):
-    """y = x W^T + b with W [out, in] frozen and dense. Subclasses store W otherwise and override `weight`."""
+    """y = x W^T + b with W [out, in] frozen, kept in any `Format`. Subclasses keep its parts elsewhere: see `parts`.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    `dtype` is the format it is computed with. `transposed`: it was a Conv1D (GPT-2), whose weight is [in, out].
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        parts: Parts,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        transposed: bool = False,
+    ):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate a weight of its own
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("stored", weight.detach(), persistent=False)
+        self.format, self.dtype, self.transposed = format, dtype, transposed
+        self.out_features, self.in_features = shape
+        for name, part in parts.items():
+            self.register_buffer(f"stored_{name}", part.detach(), persistent=False)
+        self.part_names = tuple(parts)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     @classmethod
+    def dense(cls, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> "FrozenLinear":
+        """W [out, in] as it is, without a copy."""
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(Dense(weight.dtype), {"dense": weight}, shape, bias, weight.dtype, transposed)
+
+    @classmethod
     def of(cls, linear: nn.Linear | Conv1D) -> "FrozenLinear":
-        """Take over the weight of a linear, without a copy; a Conv1D (GPT-2) as a transposed view."""
-        weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
-        return cls(weight, linear.bias)
+        """Take over the weight of a linear, without a copy; a Conv1D as a transposed view."""
+        turned = isinstance(linear, Conv1D)
+        return cls.dense(linear.weight.t() if turned else linear.weight, linear.bias, turned)
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
@@ -43,10 +65,18 @@ class FrozenLinear(nn.Linear):
         assert isinstance(module.out_features, int) and isinstance(module.in_features, int)
         return module.out_features, module.in_features
 
+    def parts(self) -> Parts:
+        """What is kept of the weight, where it can be computed with. Transient, like `weight`."""
+        return {name: self.get_buffer(f"stored_{name}") for name in self.part_names}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """[out, in] in the compute dtype. Transient: use it and let it go."""
-        return self.get_buffer("stored")
+        return self.format.decode(self.parts(), self.shape, self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +85,7 @@ class FrozenLinear(nn.Linear):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in] -> x W^T + b [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.format.matmul(x, self.parts(), self.shape, self.bias)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         """dy [..., out] -> dy W [..., in], the gradient with respect to x."""

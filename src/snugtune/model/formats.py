@@ -1,0 +1,187 @@
+"""How the weight of a frozen linear is kept: named tensors ("parts") and the way back to the weight.
+
+Pure functions of tensors: where the parts lie (in memory, on disk) is not their business. The kernels are bitsandbytes'
+registered operators, called directly: its modules corrupt gradients on CPU. Shapes: W [out, in], x [n, in].
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parts = Mapping[str, Tensor]
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The parts that a weight will have: dtype and shape of each."""
+
+PIECE = 1 << 20
+"""Elements that are encoded or decoded at a time where an operator needs wide intermediates."""
+
+
+class Format(Protocol):
+    """A number format of weights at rest."""
+
+    @property
+    def name(self) -> str: ...
+
+    def layout(self, out: int, width: int) -> Layout:
+        """The parts of a weight [out, width], before there is one."""
+        ...
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """W [out, in], floating point -> its parts."""
+        ...
+
+    def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The parts -> W [out, in] in `dtype`."""
+        ...
+
+    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+        """x [..., in] -> x W^T + b [..., out]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The weight itself; it is computed with as it lies, whatever format it was moved to since."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.dtype, str(self.dtype))
+
+    def layout(self, out: int, width: int) -> Layout:
+        return {"dense": (self.dtype, (out, width))}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"dense": weight.to(self.dtype)}
+
+    def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return parts["dense"]
+
+    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+        return F.linear(x, parts["dense"], bias)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """8 bits a weight: W = q s / 127, with s the largest magnitude of each row (Dettmers et al. 2022, arXiv 2208.07339).
+
+    `outlier_threshold` > 0 takes the products in int8 too, as LLM.int8() does: rows of x are rounded to int8, but for
+    numbers of at least the threshold, which are multiplied in x's own format. Which numbers these are is decided one by
+    one, not by columns of the batch, so that no row depends on its neighbours.
+    """
+
+    outlier_threshold: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def layout(self, out: int, width: int) -> Layout:
+        return {"int8": (torch.int8, (out, width)), "scale": (torch.float32, (out,))}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        _operators()
+        rows = max(1, PIECE // weight.shape[1])
+        made = [torch.ops.bitsandbytes.int8_vectorwise_quant.default(part.float()) for part in weight.split(rows)]
+        scale = torch.cat([scales for _, scales, _ in made])
+        quantised = torch.cat([q for q, _, _ in made])
+        return {"int8": quantised.masked_fill_((scale == 0)[:, None], 0), "scale": scale}  # 0 / 0 of an empty row
+
+    def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        q, scale = parts["int8"], parts["scale"] / 127
+        weight = torch.empty(shape, dtype=dtype, device=q.device)
+        rows = max(1, PIECE // shape[1])
+        for start in range(0, shape[0], rows):  # the product is fp32, and as large as the piece
+            part = slice(start, start + rows)
+            weight[part] = q[part] * scale[part, None]
+        return weight
+
+    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+        if not self.outlier_threshold:
+            return F.linear(x, self.decode(parts, shape, x.dtype), bias)
+        _operators()
+        ops, rows = torch.ops.bitsandbytes, x.reshape(-1, shape[1])
+        far = rows.abs() >= self.outlier_threshold
+        near, row_scale, _ = ops.int8_vectorwise_quant.default(rows.masked_fill(far, 0))
+        near.masked_fill_((row_scale == 0)[:, None], 0)
+        y = ops.int8_scaled_mm.default(near, parts["int8"], row_scale, parts["scale"], bias=bias, dtype=x.dtype)
+        columns = far.any(dim=0).nonzero().flatten()
+        if len(columns):
+            weight = (parts["int8"][:, columns] * (parts["scale"][:, None] / 127)).to(x.dtype)
+            y.addmm_(rows[:, columns].masked_fill(~far[:, columns], 0), weight.t())
+        return y.view(*x.shape[:-1], shape[0])
+
+
+@dataclass(frozen=True)
+class Bits4:
+    """4 bits a weight: blocks of consecutive weights share a scale, their largest magnitude (QLoRA, arXiv 2305.14314).
+
+    `kind` is the code of 16 numbers: nf4, whose steps follow a normal distribution, or fp4. `double`: the scales are kept
+    in 8 bits each, in blocks of 256 with scales of their own: 4.127 instead of 4.5 bits a weight at a block of 64.
+    """
+
+    block: int = 64
+    double: bool = False
+    kind: str = "nf4"
+    nested_block: ClassVar[int] = 256
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def layout(self, out: int, width: int) -> Layout:
+        blocks = -(-out * width // self.block)
+        packed: Layout = {"packed": (torch.uint8, (-(-out * width // 2),))}
+        if not self.double:
+            return {**packed, "absmax": (torch.float32, (blocks,))}
+        nested = -(-blocks // self.nested_block)
+        scales = {"absmax": (torch.uint8, (blocks,)), "nested_absmax": (torch.float32, (nested,))}
+        return {**packed, **scales, "nested_code": (torch.float32, (256,)), "offset": (torch.float32, (1,))}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        _operators()
+        ops, flat = torch.ops.bitsandbytes, weight.contiguous().view(-1)
+        pieces = flat.split(PIECE // self.block * self.block)
+        made = [ops.quantize_4bit.default(piece, self.block, self.kind, torch.uint8) for piece in pieces]
+        parts = {"packed": torch.cat([p.view(-1) for p, _ in made]), "absmax": torch.cat([a for _, a in made])}
+        return self._nest(parts) if self.double else parts
+
+    def _nest(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        absmax = parts["absmax"]
+        offset, code = absmax.mean(), _dynamic_code(absmax.device)
+        q, scales = torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, self.nested_block)
+        return parts | {"absmax": q, "nested_absmax": scales, "nested_code": code, "offset": offset.view(1)}
+
+    def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        _operators()
+        ops, absmax = torch.ops.bitsandbytes, parts["absmax"]
+        if self.double:
+            nested = (absmax, parts["nested_absmax"], parts["nested_code"], self.nested_block, torch.float32)
+            absmax = ops.dequantize_blockwise.default(*nested) + parts["offset"]
+        return ops.dequantize_4bit.default(parts["packed"], absmax, self.block, self.kind, list(shape), dtype)
+
+    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.decode(parts, shape, x.dtype), bias)
+
+
+@functools.cache
+def _operators() -> None:
+    """Register bitsandbytes' operators with torch. Its import costs seconds, so only what is quantised pays."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would look for a kernel on the hub, and say so
+    import bitsandbytes as _
+
+
+@functools.cache
+def _dynamic_code(device: Any) -> Tensor:
+    """The 256 numbers of bitsandbytes' dynamic 8-bit code (Dettmers 2015, arXiv 1511.04561)."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().to(device)
