@@ -10,7 +10,9 @@ from typing import Literal
 
 from torch import Tensor
 
-Width = Literal["fp32", "bf16", "fp16"]
+Dense = Literal["fp32", "bf16", "fp16"]
+Width = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+"""Number formats of the base: those that are computed with, and those that weights are only kept in."""
 Recompute = Literal["none", "blocks"]
 
 MIN_ROWS = 16
@@ -81,3 +83,6 @@ class Plan:
     recompute: Recompute
     head_rows: int  # rows of logits alive at once
     threads: int  # intra-op threads; another count changes the last bits
+    compute: Dense = "fp32"  # number format of activations and products; that of the weights, where these are not narrower
+    double_quant: bool = False  # nf4: the scales in 8 bits too
+    outlier_threshold: float = 0.0  # int8: from which magnitude on activations stay in `compute`; 0: all do

@@ -13,7 +13,7 @@ from snugtune.errors import InputError
 from snugtune.files import whole_folder
 from snugtune.folder import locate
 from snugtune.methods.lora import UNSTAMPED, is_stamped, read_adapter
-from snugtune.model.base import fingerprint
+from snugtune.model.base import fingerprint, samples_of
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.load import DTYPES, load_config, load_model, load_tokenizer
 from snugtune.model.source import find_model
@@ -34,7 +34,7 @@ def export_merged(
     kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
     model, _ = load_model(source, config, "fp32", "cpu", trust_remote_code)
     layers = {name: module for name, module in model.named_modules() if FrozenLinear.takes(module)}
-    _, factors = read_adapter(found.adapter, layers, source.name, fingerprint(model))  # PEFT takes another base's in silence
+    _, factors = read_adapter(found.adapter, layers, source.name, fingerprint(samples_of(model)))  # PEFT takes another base's in silence
     if not is_stamped(found.adapter):
         say(UNSTAMPED)
     _untie_adapted_head(model, set(factors))

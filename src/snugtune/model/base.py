@@ -5,7 +5,7 @@ Shapes: T tokens of a row, D model width, V vocabulary.
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,8 @@ from snugtune.errors import InputError
 from snugtune.model import attention, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears
 from snugtune.model.head import Head, Logits
-from snugtune.model.load import load_config, load_model, load_tokenizer
+from snugtune.model.load import NARROW, load_config, load_frozen, load_model, load_tokenizer
+from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.model.source import ModelSource
@@ -25,8 +26,6 @@ from snugtune.types import Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
 
-# What MoE families call the linear that chooses experts (it is also as wide as there are experts).
-_ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed(dings?)?)$")
@@ -62,9 +61,10 @@ class Base:
         self.frozen = False
         self.body = _find_body(model)  # None: only the model as a whole can be called, and gives logits
         self.native_attention = str(model.config._attn_implementation)
-        self.fingerprint = identity or fingerprint(model)
-        self.linear_names = tuple(n for n, m in model.named_modules() if FrozenLinear.takes(m))
-        self.conv1d_names = frozenset(n for n in self.linear_names if isinstance(model.get_submodule(n), Conv1D))
+        self.fingerprint = identity or fingerprint(samples_of(model))
+        linears = {n: m for n, m in model.named_modules() if FrozenLinear.takes(m) or isinstance(m, FrozenLinear)}
+        self.linear_names = tuple(linears)
+        self.conv1d_names = frozenset(n for n, m in linears.items() if isinstance(m, Conv1D) or getattr(m, "transposed", False))
         self.moe = _count_experts(model) is not None
         if not proofs.is_finite(model, self.body):
             raise InputError(f"model: the weights of '{name}' give states that are not finite; its files may be damaged")
@@ -135,7 +135,7 @@ class Base:
             inner = module.frozen if isinstance(module, RoutedLinear) else module
             is_head = inner is head or module is head
             wide_as_experts = getattr(inner, "out_features", getattr(inner, "nf", None)) == experts
-            is_router = wide_as_experts and _ROUTER_NAME.search(name) is not None
+            is_router = wide_as_experts and ROUTER_NAME.search(name) is not None
             if not (is_head or is_router or self.refuses(name)):
                 names.append(name)
         return tuple(names)
@@ -216,9 +216,12 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) 
     """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM."""
     config = load_config(source, trust_remote_code)
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
+    if plan.weights in NARROW:
+        model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code)
+        return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
     identity = None
     if plan.weights == "fp16":  # what the fingerprint looks at does not survive the rounding to fp16
-        identity = fingerprint(load_model(source, config, "bf16", "cpu", trust_remote_code)[0])
+        identity = fingerprint(samples_of(load_model(source, config, "bf16", "cpu", trust_remote_code)[0]))
     model, model_notes = load_model(source, config, plan.weights, plan.device, trust_remote_code)
     return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), identity)
 
@@ -235,11 +238,14 @@ def _count_experts(model: PreTrainedModel) -> int | None:
     return next((c for c in counts if isinstance(c, int) and c > 1), None)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes and a sample of every weight in bf16: the same whether it was loaded in fp32 or in bf16."""
+def fingerprint(samples: Mapping[str, bytes]) -> str:
+    """A hash of the names, shapes and samples of all weights: it identifies a base, in whatever format it was loaded."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    for name, taken in sorted(samples.items()):
+        digest.update(name.encode() + taken)
     return digest.hexdigest()[:32]
+
+
+def samples_of(model: nn.Module) -> dict[str, bytes]:
+    """A sample of every parameter."""
+    return {name: sample(parameter) for name, parameter in model.named_parameters()}

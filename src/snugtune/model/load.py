@@ -14,13 +14,18 @@ from transformers import (
 )
 
 from snugtune.errors import InputError
+from snugtune.model.formats import Bits4, Dense, Format, Int8
+from snugtune.model.quantize import InMemory, Keeper, Request, open_checkpoint, sample
 from snugtune.model.source import ModelSource
-from snugtune.types import Width
+from snugtune.types import Plan, Width
 
 DTYPES: dict[Width, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Named like noise of training, but part of the model: how far behind the best an expert may score and still be chosen.
 _NO_NOISE = frozenset({("phimoe", "router_jitter_noise")})
+
+NARROW: frozenset[Width] = frozenset({"int8", "nf4"})
+"""Formats that weights are only kept in."""
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
@@ -88,16 +93,64 @@ def load_model(
         )
     except Exception as error:  # an odd config.json can trip any model's constructor up in any way
         raise InputError(f"model: cannot load the weights of '{source.name}': {_first_line(error)}") from error
+    notes += _check_whole(source, info)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model, notes
+
+
+def load_frozen(
+    source: ModelSource, config: PretrainedConfig, plan: Plan, trust_remote_code: bool, keeper: Keeper | None = None
+) -> tuple[PreTrainedModel, dict[str, bytes], list[str]]:
+    """The model with the weights of its linears frozen in the plan's format, encoded one by one as they are read.
+
+    Also the samples of the weights that are no parameters now (see `fingerprint`). Head, embeddings and norms are dense.
+    """
+    notes = _silence_dropouts(config)
+    config.__dict__.pop("quantization_config", None)  # what the checkpoint keeps in fewer bits is read below
+    # fp16 comes last: what its rounding loses would be missed by the fingerprint
+    read_as = torch.bfloat16 if plan.compute == "fp16" else DTYPES[plan.compute]
+    try:
+        checkpoint = open_checkpoint(source)
+        request = Request(format_of(plan), keeper or InMemory(), checkpoint, DTYPES[plan.compute])
+        with torch.device("meta"):
+            hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model, info = type(hollow).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            None,
+            config=hollow.config,
+            dtype=read_as,
+            state_dict=checkpoint.tensors,
+            quantization_config=request,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # as above
+        why = request.refusals[0] if "request" in locals() and request.refusals else _first_line(error)
+        raise InputError(f"model: cannot load the weights of '{source.name}': {why}") from error
+    notes += _check_whole(source, info)
+    samples = request.samples | {name: sample(p) for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(plan.device, DTYPES[plan.compute])
+    model.to(plan.device)  # pyright: ignore[reportArgumentType]
+    return model, samples, notes
+
+
+def format_of(plan: Plan) -> Format:
+    """How the plan keeps the weights of linears."""
+    if plan.weights == "nf4":
+        return Bits4(double=plan.double_quant)
+    return Int8(plan.outlier_threshold) if plan.weights == "int8" else Dense(DTYPES[plan.weights])
+
+
+def _check_whole(source: ModelSource, info: Any) -> list[str]:
+    """Refuse missing weights; tell of those left over."""
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise InputError(f"model: '{source.name}' lacks {len(missing)} weights its config asks for (first: {missing[0]})")
     unused = sorted(str(k) for k in info["unexpected_keys"])
-    if unused:
-        notes.append(
-            f"{len(unused)} of its stored weights are not used, since its config does not ask for them ({unused[0]}, ...)"
-        )
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    return model, notes
+    what = "of its stored weights are not used, since its config does not ask for them"
+    return [f"{len(unused)} {what} ({unused[0]}, ...)"] if unused else []
 
 
 def _silence_dropouts(config: Any) -> list[str]:

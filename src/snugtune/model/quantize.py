@@ -1,0 +1,284 @@
+"""Loading a base into fewer bits: each weight is encoded as it arrives, and the wide one is let go before the next.
+
+Transformers reads the checkpoint, with all it knows of names and shapes; what becomes of the weights of linears is said by
+a quantizer of our own (its documented extension point). Files are read with pread: mapped pages would count as memory.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from snugtune.errors import InputError
+from snugtune.model.formats import Bits4, Format, Int8, Parts
+from snugtune.model.frozen import FrozenLinear
+from snugtune.model.source import ModelSource
+
+METHOD = "snugtune"
+ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
+"""What MoE families call the linear that chooses experts."""
+_STATE = ".quant_state.bitsandbytes__"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Lazy(Protocol):
+    """A tensor of a file, read when it is asked for."""
+
+    def __getitem__(self, index: Any) -> Tensor: ...
+    def get_shape(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear of the model, before its weight is there."""
+
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool
+    dtype: torch.dtype  # of its products
+
+
+class Keeper(Protocol):
+    """Where the parts of weights go."""
+
+    def begin(self, sites: Mapping[str, Site]) -> None:
+        """The linears to come."""
+        ...
+
+    def keep(self, name: str, site: Site, format: Format, parts: Parts) -> None:
+        """Take the parts of one weight."""
+        ...
+
+    def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:
+        """The layer over what was kept, after the last."""
+        ...
+
+
+class InMemory:
+    """Keeps the parts in the layers themselves."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[Format, Parts]] = {}
+
+    def begin(self, sites: Mapping[str, Site]) -> None: ...
+
+    def keep(self, name: str, site: Site, format: Format, parts: Parts) -> None:
+        self.kept[name] = format, parts
+
+    def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:
+        format, parts = self.kept.pop(name)
+        return FrozenLinear(format, parts, site.shape, bias, site.dtype, site.transposed)
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a model's files. `stored`: what bitsandbytes kept beside the weights that it quantised, by weight."""
+
+    tensors: dict[str, Lazy]
+    stored: dict[str, dict[str, Lazy]]
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Open the safetensors of `source`, on this disk or from the hub, and read nothing of the weights yet."""
+    files = _files(source)
+    tensors: dict[str, Lazy] = {}
+    for file in files:
+        opened = safe_open(file, framework="pt", backend="pread")
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    stored: dict[str, dict[str, Lazy]] = {}
+    for name in list(tensors):
+        weight, _, part = name.partition(".weight.")
+        if part:
+            stored.setdefault(f"{weight}.weight", {})[part] = tensors.pop(name)
+        elif name.endswith((".SCB", ".weight_format")):
+            weight, _, part = name.rpartition(".")
+            stored.setdefault(f"{weight}.weight", {})[part] = tensors.pop(name)
+    return Checkpoint(tensors, stored)
+
+
+def _files(source: ModelSource) -> list[str]:
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(source.location, _INDEX, **missing)
+    if index is not None:
+        return list(get_checkpoint_shard_files(source.location, index)[0])
+    single = cached_file(source.location, _SINGLE, **missing)
+    if single is None:
+        raise InputError(f"model: '{source.name}' has no {_SINGLE}; snugtune reads safetensors only")
+    return [single]
+
+
+@register_quantization_config(METHOD)
+class Request(QuantizationConfigMixin):
+    """What is asked of the quantizer, and what it found. `format`: of weights that the checkpoint keeps as they are.
+
+    `samples` are taken of every weight that is no parameter of the model afterwards (see `fingerprint`).
+    """
+
+    def __init__(self, format: Format, keeper: Keeper, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        self.format, self.keeper, self.checkpoint, self.dtype = format, keeper, checkpoint, dtype
+        self.samples: dict[str, bytes] = {}
+        self.refusals: list[str] = []
+
+    def __deepcopy__(self, memo: object) -> "Request":
+        return self  # transformers copies its config; the files are open once
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    """Encodes the weights of linears while transformers loads, and puts `FrozenLinear`s in their places at the end."""
+
+    def __init__(self, quantization_config: Request, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.request = quantization_config
+        self.sites: dict[str, Site] = {}
+        self.done: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.sites = narrowable(model, self.request.dtype)
+        self.request.keeper.begin(self.sites)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and name in self.sites
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Encode(self)
+
+    def take(self, weight: str, value: Tensor, stored: Mapping[str, Lazy]) -> None:
+        """Encode the weight named `weight`, or keep it as it was stored."""
+        name = weight.removesuffix(".weight")
+        site, request = self.sites[name], self.request
+        try:
+            if not stored:
+                format, dense = request.format, _oriented(weight, value, site)
+                parts = format.encode(dense)
+            else:
+                format, parts = read_stored(weight, value, stored, site)
+                value = dense = format.decode(parts, site.shape, site.dtype)
+                if format.name != request.format.name:
+                    format, parts = request.format, request.format.encode(dense)
+        except InputError as error:
+            request.refusals.append(str(error))
+            raise
+        request.keeper.keep(name, site, format, parts)
+        self.done.add(name)
+        request.samples[weight] = sample(value)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name in self.done:
+            parent, _, leaf = name.rpartition(".")
+            bias = model.get_submodule(name).bias
+            if isinstance(bias, Tensor):
+                self.request.samples[f"{name}.bias"] = sample(bias)
+            linear = self.request.keeper.linear(name, self.sites[name], bias if isinstance(bias, Tensor) else None)
+            setattr(model.get_submodule(parent), leaf, linear)
+        self.remove_quantization_config(model)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+@dataclass
+class _Encode(ConversionOps):
+    """The step of transformers' loading that hands a weight over. What it returns is loaded as usual: nothing."""
+
+    quantizer: _Quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        stored, loaded = self.quantizer.request.checkpoint.stored, {}
+        (source, *more), missing = kwargs["source_patterns"], kwargs["missing_keys"]
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if name.removesuffix(".weight") not in self.quantizer.sites or not name.endswith(".weight"):
+                loaded[name] = value
+                continue
+            self.quantizer.take(name, tensor, {} if more else stored.get(source, {}))
+            missing.discard(name)
+        return loaded
+
+
+def narrowable(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Site]:
+    """The linears whose weights are encoded: all but the head, tied ones, routers of experts, and rows of odd length."""
+    tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+    head, sites = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, Conv1D) or module is head or name in tied or ROUTER_NAME.search(name):
+            continue
+        shape = FrozenLinear.shape_of(module)
+        if shape[1] % 2 == 0:
+            sites[name] = Site(shape, isinstance(module, Conv1D), dtype)
+    return sites
+
+
+def _oriented(name: str, value: Tensor, site: Site) -> Tensor:
+    """A loaded weight as [out, in]. Raises `InputError` where its shape is not that of the model."""
+    weight = value.t() if site.transposed else value
+    if tuple(weight.shape) != site.shape:
+        raise InputError(f"{name} has shape {tuple(value.shape)}, the config asks for {site.shape}")
+    return weight
+
+
+def read_stored(name: str, value: Tensor, stored: Mapping[str, Lazy], site: Site) -> tuple[Format, Parts]:
+    """What bitsandbytes wrote for one weight. Raises `InputError` unless every part is what it should be.
+
+    `value` is the quantised weight, cast to floating point on its way here, which 8 bits survive.
+    """
+    format: Format
+    if "SCB" in stored:
+        format = Int8()
+        parts = {"int8": value.to(torch.int8), "scale": stored["SCB"][...].float()}
+    else:
+        format, parts = _read_4bit(name, value, stored, site)
+    for part, (dtype, shape) in format.layout(*site.shape).items():
+        found = parts[part]
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            raise InputError(f"{name}: its {part} is {found.dtype} {tuple(found.shape)}; it should be {dtype} {shape}")
+        if dtype.is_floating_point and not found.isfinite().all():
+            raise InputError(f"{name}: its {part} is not finite; the file is damaged")
+    return format, parts
+
+
+def _read_4bit(name: str, value: Tensor, stored: Mapping[str, Lazy], site: Site) -> tuple[Format, dict[str, Tensor]]:
+    state = next((part for part in stored if f".{part}".startswith(_STATE)), None)
+    if state is None:
+        raise InputError(f"{name}: is kept in 4 bits, but how is not said (no {_STATE.strip('.')}*)")
+    try:
+        about = json.loads(bytes(stored[state][...].tolist()))
+        kind, block, shape = about["quant_type"], about["blocksize"], tuple(about["shape"])
+        parts = {"packed": value.to(torch.uint8).view(-1), "absmax": stored["absmax"][...]}
+        double = "nested_absmax" in stored
+        if double:
+            parts |= {"nested_absmax": stored["nested_absmax"][...], "nested_code": stored["nested_quant_map"][...]}
+            parts["offset"] = torch.tensor([float(about["nested_offset"])])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name}: {state} cannot be read ({error})") from error
+    if kind not in ("nf4", "fp4") or not isinstance(block, int) or block < 1 or (shape != site.shape):
+        raise InputError(f"{name}: is {kind} {shape} in blocks of {block}; it should be nf4 or fp4 {site.shape}")
+    if double and about.get("nested_blocksize") != Bits4.nested_block:
+        raise InputError(f"{name}: its scales lie in blocks of {about.get('nested_blocksize')}; only 256 is read")
+    return Bits4(block, double, kind), parts
+
+
+def sample(weight: Tensor) -> bytes:
+    """Shape and 16 numbers of a weight in bf16: the same whether it was loaded in fp32 or in bf16."""
+    flat = weight.detach().reshape(-1)
+    few = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
+    return f"{tuple(weight.shape)}".encode() + few.numpy().tobytes()
