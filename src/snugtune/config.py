@@ -195,11 +195,34 @@ class JobConfig(JobFields):
 class PlanConfig(Config):
     """Pins for the planner's knobs. `auto` leaves the choice to it."""
 
-    weights: Literal["auto", "fp32", "bf16", "fp16"] = Field(default="auto", description="number format of the base")
+    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = Field(
+        default="auto", description="number format of the base; in int8 and nf4 weights are only kept, and must be frozen"
+    )
+    double_quant: bool = Field(
+        default=False, description="nf4: keep the scales in 8 bits too (4.13 instead of 4.5 bits a weight)"
+    )
+    outlier_threshold: float = Field(
+        default=0.0, ge=0, description="int8: multiply in int8 too, but for activations from this magnitude on (LLM.int8(): 6)"
+    )
     micro_batch: int | Literal["auto"] = Field(
         default="auto", description="a forward holds at most micro_batch x max_seq_len tokens"
     )
     recompute: Literal["auto", "none", "blocks"] = Field(default="auto", description="blocks: recompute activations in backward")
+    optimizer_state: Literal["auto", "fp32", "8bit", "paged"] = Field(
+        default="auto", description="what the optimizer remembers: in fp32, in 8 bits, or in 8 bits paged to the host (CUDA)"
+    )
+    offload: Literal["auto", "none", "activations", "weights"] = Field(
+        default="auto",
+        description="weights: those of the blocks stay on disk; activations: the blocks' inputs do, with recompute",
+    )
+
+    @model_validator(mode="after")
+    def _of_its_width(self) -> "PlanConfig":
+        if self.double_quant and self.weights != "nf4":
+            raise ValueError("double_quant: only for weights: nf4")
+        if self.outlier_threshold and self.weights != "int8":
+            raise ValueError("outlier_threshold: only for weights: int8")
+        return self
 
     @field_validator("micro_batch")
     @classmethod

@@ -19,6 +19,7 @@ from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
+from snugtune.model.load import load_config, stored_width
 from snugtune.model.source import find_model
 from snugtune.report import write_report
 from snugtune.session import Logs, Session
@@ -148,12 +149,14 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     folder = RunFolder(user_path(config.output, "output"))
     texts = {job.name: read_job(job) for job in config.resolved_jobs()}
     checkpoint = latest_checkpoint(folder.checkpoints)
-    planned = make_plan(config) if checkpoint is None else _planned_before(checkpoint)
+    source = find_model(config.model, observer.note)
+    stored = stored_width(source, load_config(source, config.trust_remote_code))
+    planned = make_plan(config, stored) if checkpoint is None else _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
     watch = Watch(planned.plan.device)
     for reason in planned.reasons:
         observer.note(f"plan: {reason}")
-    base = load_base(find_model(config.model, observer.note), planned.plan, config.trust_remote_code)
+    base = load_base(source, planned.plan, config.trust_remote_code)
     for note in base.notes:
         observer.note(f"model: {note}")
     if checkpoint is not None and checkpoint.base != base.fingerprint:

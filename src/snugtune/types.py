@@ -13,7 +13,10 @@ from torch import Tensor
 Dense = Literal["fp32", "bf16", "fp16"]
 Width = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 """Number formats of the base: those that are computed with, and those that weights are only kept in."""
+NARROW: frozenset[str] = frozenset({"int8", "nf4"})
 Recompute = Literal["none", "blocks"]
+OptimizerState = Literal["fp32", "8bit", "paged"]
+Offload = Literal["none", "activations", "weights"]
 
 MIN_ROWS = 16
 """Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""
@@ -77,12 +80,14 @@ class Batch:
 class Plan:
     """The knobs a run was given. None of them changes what is learned, only what it costs."""
 
-    device: str  # "cpu" | "cuda"
+    device: Literal["cpu", "cuda"]
     weights: Width
     micro_batch: int  # a chunk holds at most micro_batch * max_seq_len tokens
     recompute: Recompute
     head_rows: int  # rows of logits alive at once
     threads: int  # intra-op threads; another count changes the last bits
-    compute: Dense = "fp32"  # number format of activations and products; that of the weights, where these are not narrower
+    compute: Dense  # number format of activations and products; that of the weights, where these are not narrower
     double_quant: bool = False  # nf4: the scales in 8 bits too
+    optimizer_state: OptimizerState = "fp32"  # paged: in 8 bits, and on the host when the GPU is full
+    offload: Offload = "none"  # weights: those of the blocks stay on disk; activations: the blocks' inputs do
     outlier_threshold: float = 0.0  # int8: from which magnitude on activations stay in `compute`; 0: all do

@@ -23,7 +23,7 @@ from snugtune.run import train as run_train
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
 from snugtune.training.trainer import Trainer
-from snugtune.types import Example, Plan, Recompute, Width
+from snugtune.types import NARROW, Example, Plan, Recompute, Width
 
 IGNORE = -100
 OPENING, END = "<|im_start|>assistant\n", "<|im_end|>"  # ChatML: where an answer begins, and the token that closes it
@@ -78,7 +78,8 @@ def write_data(path: Path, conversations: Sequence[Sequence[Mapping[str, str]]] 
 
 
 def plan(weights: Width = "fp32", micro_batch: int = 1, recompute: Recompute = "none") -> Plan:
-    return Plan("cpu", weights, micro_batch, recompute, 512, torch.get_num_threads())
+    compute = "bf16" if weights in NARROW else weights
+    return Plan("cpu", weights, micro_batch, recompute, 512, torch.get_num_threads(), compute)
 
 
 # --- the truth ---

@@ -39,7 +39,7 @@ def test_a_loaded_base_is_the_model_of_its_folder(arch: str, tmp_path: Path) -> 
     model.config.update(noise)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    base = load_base(ModelSource("x", str(tmp_path)), Plan("cpu", "fp32", 1, "none", 512, 1))
+    base = load_base(ModelSource("x", str(tmp_path)), Plan("cpu", "fp32", 1, "none", 512, 1, "fp32"))
     assert any(note == f"the base's own dropouts are off ({next(iter(noise))})" for note in base.notes)
     with torch.no_grad(), base.answering(None):
         assert torch.equal(base.model(input_ids=part[None]).logits, model(input_ids=part[None]).logits)

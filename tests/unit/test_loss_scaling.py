@@ -18,7 +18,7 @@ class _NoWatch:
 
 
 def _trainer(base: Base, scaler: torch.amp.GradScaler | None) -> tuple[Trainer, Job]:
-    plan = Plan("cpu", "fp32", 1, "none", 512, 1)
+    plan = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32")
     data = JobData(tuple(Example(ids, torch.ones(len(ids)).index_fill(0, torch.tensor(0), 0.0), "x") for ids in sequences(9, 14)))
     fields = {"data": "invented.jsonl", "batch_size": 2, "steps": 6, "max_seq_len": 16, "optimizer": {"lr": 1e-2}}
     trainer, job = Trainer(base, plan, _NoWatch()), start_job(base, JobConfig.model_validate(fields), data, plan)

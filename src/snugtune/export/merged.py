@@ -34,7 +34,8 @@ def export_merged(
     kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
     model, _ = load_model(source, config, "fp32", "cpu", trust_remote_code)
     layers = {name: module for name, module in model.named_modules() if FrozenLinear.takes(module)}
-    _, factors = read_adapter(found.adapter, layers, source.name, fingerprint(samples_of(model)))  # PEFT takes another base's in silence
+    made_of = fingerprint(samples_of(model))
+    _, factors = read_adapter(found.adapter, layers, source.name, made_of)  # PEFT takes another base's in silence
     if not is_stamped(found.adapter):
         say(UNSTAMPED)
     _untie_adapted_head(model, set(factors))

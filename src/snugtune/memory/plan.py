@@ -1,12 +1,14 @@
 """The plan of a run: which knobs, and why. Fixed rules for now; pins of the config are respected."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from snugtune.config import PlanConfig, RunConfig
 from snugtune.errors import InputError
-from snugtune.types import Plan, Width
+from snugtune.methods import METHODS
+from snugtune.types import NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
 
 HEAD_ROWS = 512
 FULL_FORWARD = 512
@@ -21,52 +23,107 @@ class Planned:
     reasons: tuple[str, ...]
 
 
-def make_plan(config: RunConfig) -> Planned:
-    """Choose the knobs. Raises `InputError` for a pin that this device cannot serve."""
-    device = _device(config.device)
-    weights, why_weights = _weights(config.plan, device)
+def make_plan(config: RunConfig, stored: Width | None = None) -> Planned:
+    """Choose the knobs; `stored` is the format that the checkpoint keeps its weights in, where it is a narrow one.
+
+    Raises `InputError` for a pin that this device, the methods or the checkpoint cannot serve.
+    """
+    device, pins = _device(config.device), config.plan
+    weights, why_weights = _weights(pins, device, stored)
+    offload, recompute = _offload(pins)
+    _check_frozen(config, weights, offload, stored)
     longest = max(job.max_seq_len for job in config.resolved_jobs())
-    micro_batch = max(1, FULL_FORWARD // longest) if config.plan.micro_batch == "auto" else config.plan.micro_batch
-    recompute = "none" if config.plan.recompute == "auto" else config.plan.recompute
-    plan = Plan(device, weights, micro_batch, recompute, HEAD_ROWS, torch.get_num_threads())
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{plan.threads} threads"
-    reasons = (
-        f"device {device} ({name})",
-        f"weights {weights} ({why_weights})",
-        f"at most {micro_batch} x max_seq_len tokens a forward",
-        "each block's activations recomputed in backward" if recompute == "blocks" else "activations kept",
+    micro_batch = max(1, FULL_FORWARD // longest) if pins.micro_batch == "auto" else pins.micro_batch
+    plan = Plan(
+        device=device,
+        weights=weights,
+        micro_batch=micro_batch,
+        recompute=recompute,
+        head_rows=HEAD_ROWS,
+        threads=torch.get_num_threads(),
+        compute=_native(device)[0] if weights == "int8" or weights == "nf4" else weights,
+        double_quant=pins.double_quant,
+        outlier_threshold=pins.outlier_threshold,
+        optimizer_state=_optimizer_state(pins, device),
+        offload=offload,
     )
-    return Planned(plan, reasons)
+    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan)))
 
 
-def plan_for_answers() -> Plan:
-    """The plan for loading a base to generate with: the best device, the number format native to it."""
+def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:
+    name = torch.cuda.get_device_name() if plan.device == "cuda" else f"{plan.threads} threads"
+    narrow = f", products in {plan.compute}" if plan.weights in NARROW else ""
+    return (
+        f"device {plan.device} ({name})",
+        f"weights {plan.weights} ({why_weights}{narrow})",
+        f"at most {plan.micro_batch} x max_seq_len tokens a forward",
+        "each block's activations recomputed in backward" if plan.recompute == "blocks" else "activations kept",
+    )
+
+
+def _spared(plan: Plan) -> tuple[str, ...]:
+    """What is kept elsewhere or in fewer bits, where anything is."""
+    where = "on disk" if plan.device == "cpu" else "in host memory"
+    said = {"weights": f"the blocks' weights stay {where}", "activations": f"the blocks' inputs wait {where}", "none": ""}
+    state = {"8bit": "optimizer state in 8 bits", "paged": "optimizer state in 8 bits, paged to the host", "fp32": ""}
+    return tuple(text for text in (said[plan.offload], state[plan.optimizer_state]) if text)
+
+
+def plan_for_answers(stored: Width | None = None) -> Plan:
+    """The plan for loading a base to generate with: the best device, the format native to it or that of the checkpoint."""
     device = _device("auto")
-    return Plan(
-        device,
-        _weights(PlanConfig(weights="auto", micro_batch="auto", recompute="auto"), device)[0],
-        1,
-        "none",
-        HEAD_ROWS,
-        torch.get_num_threads(),
-    )
+    compute = _native(device)[0]
+    return Plan(device, stored or compute, 1, "none", HEAD_ROWS, torch.get_num_threads(), compute)
 
 
-def _device(wanted: str) -> str:
+def _device(wanted: str) -> Literal["cpu", "cuda"]:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda was asked for, but torch finds no CUDA device here; use device: auto or cpu")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
+    return "cuda" if wanted == "cuda" else "cpu"
 
 
-def _weights(pins: PlanConfig, device: str) -> tuple[Width, str]:
+def _check_frozen(config: RunConfig, weights: Width, offload: Offload, stored: Width | None) -> None:
+    """Only frozen weights can be kept in fewer bits or elsewhere."""
+    job = next((job for job in config.resolved_jobs() if not METHODS[type(job.method)].routable), None)
+    if job is None:
+        return
+    if stored is not None:
+        raise InputError(f"method: {job.method.type} trains the base's weights, but the checkpoint keeps them in {stored}")
+    if weights in NARROW or offload == "weights":
+        field = f"plan.weights: {weights}" if weights in NARROW else "plan.offload: weights"
+        raise InputError(f"{field} needs frozen weights, but method: {job.method.type} trains them; use method: lora")
+
+
+def _offload(pins: PlanConfig) -> tuple[Offload, Recompute]:
+    """What is kept elsewhere, and whether blocks are recomputed, which inputs that wait elsewhere need."""
+    offload: Offload = "none" if pins.offload == "auto" else pins.offload
+    if offload == "activations" and pins.recompute == "none":
+        raise InputError("plan.offload: activations needs plan.recompute: blocks; only the blocks' inputs are kept then")
+    return offload, "blocks" if offload == "activations" else "none" if pins.recompute == "auto" else pins.recompute
+
+
+def _optimizer_state(pins: PlanConfig, device: str) -> OptimizerState:
+    if pins.optimizer_state == "paged" and device != "cuda":
+        raise InputError("plan.optimizer_state: paged is CUDA's (unified memory); on CPU use 8bit")
+    return "fp32" if pins.optimizer_state == "auto" else pins.optimizer_state
+
+
+def _weights(pins: PlanConfig, device: str, stored: Width | None) -> tuple[Width, str]:
     if pins.weights == "fp16" and device == "cpu":
         raise InputError(
             "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
         )
+    if pins.weights in NARROW and stored not in (None, pins.weights):
+        raise InputError(f"plan.weights: {pins.weights} asked for, but the checkpoint keeps its weights in {stored}; use auto")
     if pins.weights != "auto":
         return pins.weights, "as asked"
+    return (stored, "as the checkpoint keeps them") if stored is not None else _native(device)
+
+
+def _native(device: str) -> tuple[Dense, str]:
+    """The number format that this device computes fastest in, and why."""
     if device == "cuda":
         return (
             ("bf16", "native on this GPU")

@@ -17,12 +17,12 @@ from snugtune.errors import InputError
 from snugtune.model import attention, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears
 from snugtune.model.head import Head, Logits
-from snugtune.model.load import NARROW, load_config, load_frozen, load_model, load_tokenizer
+from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.model.source import ModelSource
-from snugtune.types import Batch, Plan, Segment
+from snugtune.types import NARROW, Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
 
@@ -216,7 +216,7 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) 
     """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM."""
     config = load_config(source, trust_remote_code)
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
-    if plan.weights in NARROW:
+    if plan.weights in NARROW or stored_width(source, config) is not None:
         model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code)
         return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
     identity = None

@@ -5,6 +5,8 @@ registered operators, called directly: its modules corrupt gradients on CPU. Sha
 """
 
 import functools
+import importlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -173,10 +175,8 @@ class Bits4:
 @functools.cache
 def _operators() -> None:
     """Register bitsandbytes' operators with torch. Its import costs seconds, so only what is quantised pays."""
-    import logging
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would look for a kernel on the hub, and say so
-    import bitsandbytes as _
+    importlib.import_module("bitsandbytes")
 
 
 @functools.cache

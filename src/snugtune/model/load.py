@@ -24,9 +24,6 @@ DTYPES: dict[Width, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat1
 # Named like noise of training, but part of the model: how far behind the best an expert may score and still be chosen.
 _NO_NOISE = frozenset({("phimoe", "router_jitter_noise")})
 
-NARROW: frozenset[Width] = frozenset({"int8", "nf4"})
-"""Formats that weights are only kept in."""
-
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
@@ -109,9 +106,10 @@ def load_frozen(
     config.__dict__.pop("quantization_config", None)  # what the checkpoint keeps in fewer bits is read below
     # fp16 comes last: what its rounding loses would be missed by the fingerprint
     read_as = torch.bfloat16 if plan.compute == "fp16" else DTYPES[plan.compute]
+    refusals: list[str] = []
     try:
         checkpoint = open_checkpoint(source)
-        request = Request(format_of(plan), keeper or InMemory(), checkpoint, DTYPES[plan.compute])
+        request = Request(format_of(plan), keeper or InMemory(), checkpoint, DTYPES[plan.compute], refusals)
         with torch.device("meta"):
             hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model, info = type(hollow).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -126,7 +124,7 @@ def load_frozen(
     except InputError:
         raise
     except Exception as error:  # as above
-        why = request.refusals[0] if "request" in locals() and request.refusals else _first_line(error)
+        why = refusals[0] if refusals else _first_line(error)
         raise InputError(f"model: cannot load the weights of '{source.name}': {why}") from error
     notes += _check_whole(source, info)
     samples = request.samples | {name: sample(p) for name, p in model.named_parameters()}
@@ -141,6 +139,24 @@ def format_of(plan: Plan) -> Format:
     if plan.weights == "nf4":
         return Bits4(double=plan.double_quant)
     return Int8(plan.outlier_threshold) if plan.weights == "int8" else Dense(DTYPES[plan.weights])
+
+
+def stored_width(source: ModelSource, config: PretrainedConfig) -> Width | None:
+    """The narrow format that a checkpoint keeps its weights in, by its config; None for a plain one.
+
+    Raises `InputError` for formats that are not read.
+    """
+    about = getattr(config, "quantization_config", None)
+    if not about:
+        return None
+    fields = about if isinstance(about, dict) else about.to_dict()
+    method = str(fields.get("quant_method", "bitsandbytes" if "load_in_4bit" in fields else "unknown"))
+    if method != "bitsandbytes":
+        raise InputError(
+            f"model: '{source.name}' is kept in {method}'s format, which snugtune does not read yet; take the plain model "
+            "(plan.weights: nf4 or int8 quantises it while it loads), or one that bitsandbytes quantised"
+        )
+    return "int8" if fields.get("load_in_8bit") else "nf4"
 
 
 def _check_whole(source: ModelSource, info: Any) -> list[str]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -110,25 +111,24 @@ def _files(source: ModelSource) -> list[str]:
     missing = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(source.location, _INDEX, **missing)
     if index is not None:
-        return list(get_checkpoint_shard_files(source.location, index)[0])
+        return list(get_checkpoint_shard_files(source.location, index)[0] or ())
     single = cached_file(source.location, _SINGLE, **missing)
     if single is None:
         raise InputError(f"model: '{source.name}' has no {_SINGLE}; snugtune reads safetensors only")
     return [single]
 
 
-@register_quantization_config(METHOD)
 class Request(QuantizationConfigMixin):
     """What is asked of the quantizer, and what it found. `format`: of weights that the checkpoint keeps as they are.
 
     `samples` are taken of every weight that is no parameter of the model afterwards (see `fingerprint`).
     """
 
-    def __init__(self, format: Format, keeper: Keeper, checkpoint: Checkpoint, dtype: torch.dtype):
+    def __init__(self, format: Format, keeper: Keeper, checkpoint: Checkpoint, dtype: torch.dtype, refusals: list[str]):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format, self.keeper, self.checkpoint, self.dtype = format, keeper, checkpoint, dtype
         self.samples: dict[str, bytes] = {}
-        self.refusals: list[str] = []
+        self.refusals = refusals
 
     def __deepcopy__(self, memo: object) -> "Request":
         return self  # transformers copies its config; the files are open once
@@ -137,19 +137,19 @@ class Request(QuantizationConfigMixin):
         return {"quant_method": METHOD}
 
 
-@register_quantizer(METHOD)
 class _Quantizer(HfQuantizer):
     """Encodes the weights of linears while transformers loads, and puts `FrozenLinear`s in their places at the end."""
 
     def __init__(self, quantization_config: Request, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.request = quantization_config
+        self.request: Request = quantization_config
         self.sites: dict[str, Site] = {}
         self.done: set[str] = set()
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.sites = narrowable(model, self.request.dtype)
         self.request.keeper.begin(self.sites)
+        return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         name, _, leaf = param_name.rpartition(".")
@@ -178,7 +178,7 @@ class _Quantizer(HfQuantizer):
         self.done.add(name)
         request.samples[weight] = sample(value)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self.done:
             parent, _, leaf = name.rpartition(".")
             bias = model.get_submodule(name).bias
@@ -187,12 +187,13 @@ class _Quantizer(HfQuantizer):
             linear = self.request.keeper.linear(name, self.sites[name], bias if isinstance(bias, Tensor) else None)
             setattr(model.get_submodule(parent), leaf, linear)
         self.remove_quantization_config(model)
+        return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
 
@@ -202,9 +203,11 @@ class _Encode(ConversionOps):
 
     quantizer: _Quantizer
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
         stored, loaded = self.quantizer.request.checkpoint.stored, {}
-        (source, *more), missing = kwargs["source_patterns"], kwargs["missing_keys"]
+        (source, *more), missing = source_patterns, kwargs["missing_keys"]
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             if name.removesuffix(".weight") not in self.quantizer.sites or not name.endswith(".weight"):
@@ -213,6 +216,10 @@ class _Encode(ConversionOps):
             self.quantizer.take(name, tensor, {} if more else stored.get(source, {}))
             missing.discard(name)
         return loaded
+
+
+register_quantization_config(METHOD)(Request)
+register_quantizer(METHOD)(_Quantizer)
 
 
 def narrowable(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Site]:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -19,9 +19,9 @@ from snugtune.errors import InputError
 from snugtune.files import read_json, whole_folder
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
-from snugtune.types import Plan, Recompute, Width
+from snugtune.types import Plan
 
-FORMAT = 3
+FORMAT = 4
 _BEST = "best-"
 
 
@@ -174,9 +174,10 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
 
 def _check_types(found: Checkpoint) -> None:
     """Raises `ValueError` or `TypeError` for values that no checkpoint holds."""
-    for name, allowed in (("weights", get_args(Width)), ("recompute", get_args(Recompute)), ("device", ("cpu", "cuda"))):
-        if getattr(found.plan, name) not in allowed:
-            raise ValueError(f"plan: {name} is {getattr(found.plan, name)!r}")
+    for name, hint in get_type_hints(Plan).items():
+        allowed, value = get_args(hint), getattr(found.plan, name)
+        if value not in allowed if allowed else type(value) is not hint:
+            raise ValueError(f"plan: {name} is {value!r}")
     _check(int, found.step)
     _check(dict[str, _Progress], found.jobs)
     _check(dict[str, _Ended], {name: job for name, job in found.jobs.items() if job.get("ended")})

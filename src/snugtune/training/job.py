@@ -165,7 +165,7 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         attached=attached,
         optimizer=config.optimizer.build(weights),
         capacity=plan.micro_batch * config.max_seq_len if base.packable else 0,
-        scaler=torch.amp.GradScaler(plan.device) if plan.weights == "fp16" else None,
+        scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
 
 
