@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from snugtune import __version__, complete
-from snugtune.errors import Interrupted, SnugtuneError
+from snugtune.errors import InputError, Interrupted, SnugtuneError
 
 
 class _Group(TyperGroup):
@@ -159,12 +159,22 @@ def export(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for scripts")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="leave out how fast matrix products are")] = False,
+    precision: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="instead: which numbers of this run would be in which format")
+    ] = None,
+    set_: Overrides = None,
 ) -> None:
     """Show what is installed, what this machine has, which number formats run on it and how fast."""
     console = _console()
-    from snugtune.doctor import run_doctor
+    from snugtune.config import read_config
+    from snugtune.doctor import run_doctor, run_precision
 
-    run_doctor(console, as_json, quick)
+    if precision is not None:
+        run_precision(read_config(precision, set_ or ()), console, as_json)
+    elif set_:
+        raise InputError("--set changes a config; give it with --precision CONFIG")
+    else:
+        run_doctor(console, as_json, quick)
 
 
 @app.command()

@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from snugtune import __version__, gemm, machine
-from snugtune.config import to_config
+from snugtune.config import RunConfig, to_config
 from snugtune.console import Console, gib
 from snugtune.memory.plan import make_plan
+from snugtune.memory.precision import precision
 from snugtune.model.gguf import cache_dir
+from snugtune.model.load import load_config, stored_width
+from snugtune.model.source import find_model
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface_hub", "gguf", "pydantic")
 
@@ -151,6 +154,27 @@ def run_doctor(console: Console, as_json: bool = False, quick: bool = False) -> 
         console.say()
         console.out.print(_formats(report))
         console.note(f"took {time.monotonic() - begun:.0f} s")
+
+
+def run_precision(config: RunConfig, console: Console, as_json: bool = False) -> None:
+    """Print which numbers of a run would be in which format. Loads nothing but the model's config. Raises `InputError`."""
+    source = find_model(config.model, console.note)
+    plan = make_plan(config, stored_width(source, load_config(source, config.trust_remote_code))).plan
+    rows = precision(config, plan)
+    if as_json:
+        console.raw(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "numbers", "kept in", "computed in"):
+        table.add_column(name, overflow="fold")
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold", style="dim")
+    scopes = [row.scope for row in rows]
+    for index, row in enumerate(rows):
+        first = index == 0 or scopes[index - 1] != row.scope
+        bits = "" if row.bits is None else f"{row.bits:.3g}"
+        table.add_row(row.scope if first else "", row.what, row.kept, row.computed, bits, row.note)
+    console.out.print(table)
 
 
 def _facts(report: Report) -> Table:
