@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_base
 from torch import Tensor
 
+from conftest import tiny_base
 from snugtune.config import RunConfig, to_config
 from snugtune.memory.plan import make_plan
 from snugtune.memory.precision import precision, weight_bits
