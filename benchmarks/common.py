@@ -1,0 +1,64 @@
+"""Programs run in turn in one session, each in a process of its own, and what they took."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one `snugtune train` took: real tokens a second (median step, the first left out), peak bytes, held-out loss."""
+
+    tokens_per_second: float
+    peak_bytes: int
+    held_out: float | None
+
+
+def train(config: Mapping[str, Any], folder: Path) -> Trained:
+    """Train as `config` says, with its output in `folder`, which must be new."""
+    folder.mkdir(parents=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**config, "output": str(folder / "run")}), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "snugtune", "train", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{path}: {done.stderr.strip().splitlines()[-1:]}")
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in lines if line["step"] > 1 and line.get("tokens_per_second")]
+    held = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+    return Trained(statistics.median(speeds), max(line["peak_memory"] for line in lines), held[-1] if held else None)
+
+
+def in_turn(programs: Mapping[str, Callable[[int], Result]], rounds: int) -> dict[str, list[Result]]:
+    """Every program once a round, in the same order, so that a busy minute meets all of them alike."""
+    results: dict[str, list[Result]] = {name: [] for name in programs}
+    for index in range(rounds):
+        for name, program in programs.items():
+            print(f"round {index + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            results[name].append(program(index))
+    return results
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median, with the least and the greatest where they differ."""
+    middle, least, most = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
+    return middle if least == most else f"{middle} ({least}-{most})"
+
+
+def ratios(ours: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(ours, others, strict=True)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
