@@ -1,6 +1,5 @@
 """The layout of a run's output folder, and what it says about its state."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.config import JobConfig, RunConfig, read_config
+from snugtune.config_yaml import read_yaml
 from snugtune.errors import InputError
 from snugtune.files import is_leftover, read_json, write_whole
-from snugtune.memory.plan import Planned
+from snugtune.memory.plan import Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.lora import CONFIG_FILE
+
+
+MOST_CHANGES = 3
+"""Differences from the config of a run that are named."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,23 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise InputError(f"output: {path} is not empty and holds no run; give a new folder")
-        before, now = self._config_before(), config.to_yaml()
-        if before != now:
-            diff = difflib.unified_diff(before.splitlines(), now.splitlines(), n=0, lineterm="")
-            changes = [d for d in diff if not d.startswith(("---", "+++", "@@"))]
-            raise InputError(f"output: {path} holds a run of another config; give a new folder or undo: {' | '.join(changes)}")
+        changes = _changes(self._config_before(), _flat(config.model_dump(mode="json")))
+        if changes:
+            make_plan(config)  # a device or a pin that cannot be had is the mistake to tell first
+            more = f" and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
+            undo = ", ".join(changes[:MOST_CHANGES]) + more
+            raise InputError(f"output: {path} holds a run of another config; give a new folder or undo: {undo}")
 
-    def _config_before(self) -> str:
+    def _config_before(self) -> dict[str, Any]:
         """The run's config as this version writes it: fields that are new since then have their defaults."""
         try:
-            return read_config(self.config).to_yaml()
+            return _flat(read_config(self.config).model_dump(mode="json"))
         except InputError:
             pass  # of an older version, or changed by hand: compared as it stands
         try:
-            return self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"output: {self.config} cannot be read: {error}; give a new folder") from error
+            return _flat(read_yaml(self.config))
+        except InputError as error:
+            raise InputError(f"output: the config of the run there is damaged: {error}; give a new folder") from error
 
     def read_plan(self) -> dict[str, Any]:
         """`plan.json`, empty when there is none yet."""
@@ -99,6 +104,29 @@ class RunFolder:
         """`peak`: measured, in bytes; None while the run goes on."""
         content = {"plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
         write_whole(self.plan, json.dumps(content, indent=2) + "\n")
+
+
+def _flat(fields: Any, name: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names: {"optimizer.lr": 1e-4}. Of a list those of its items; one of plain values is whole."""
+    items = list(fields.items()) if isinstance(fields, dict) else list(enumerate(fields)) if isinstance(fields, list) else []
+    if not items or (isinstance(fields, list) and not any(isinstance(item, (dict, list)) for item in fields)):
+        return {name: fields}
+    return {k: v for key, inner in items for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`optimizer.lr: 0.0002 -> 0.0001` for each field that differs; of a group of another type, that type alone."""
+    differ = [
+        name for name in dict.fromkeys((*before, *now)) if name not in before or name not in now or before[name] != now[name]
+    ]
+    types = [name.removesuffix("type") for name in differ if name.endswith(".type")]
+    told = [name for name in differ if name.endswith(".type") or not name.startswith(tuple(types))]
+    return [f"{name}: {_shown(before, name)} -> {_shown(now, name)}" for name in told]
+
+
+def _shown(fields: dict[str, Any], name: str) -> str:
+    value = fields.get(name)
+    return "nothing" if value is None else value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

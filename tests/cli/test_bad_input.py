@@ -33,13 +33,13 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "typo-in-a-group": ({"method": {"type": "lora", "lora_alhpa": 8}}, ("method", "'lora_alhpa'", "'lora_alpha'")),
     "text-for-a-number": ({"batch_size": "lots"}, ("batch_size", "'lots'")),
     "fraction-for-a-count": ({"batch_size": 2.5}, ("batch_size", "2.5")),
-    "switch-for-a-count": ({"eval_every": True}, ("eval_every", "True")),
+    "switch-for-a-count": ({"eval_every": True}, ("eval_every", "whole number", "got true")),
     "list-for-text": ({"model": ["a", "b"]}, ("model",)),
-    "zero": ({"batch_size": 0}, ("batch_size", "greater than or equal to 1", "got 0")),
-    "negative-rate": ({"optimizer": {"lr": -1e-4}}, ("optimizer.lr", "greater than 0")),
+    "zero": ({"batch_size": 0}, ("batch_size", "at least 1", "got 0")),
+    "negative-rate": ({"optimizer": {"lr": -1e-4}}, ("optimizer.lr", "above 0")),
     "endless-rate": ({"optimizer": {"lr": float("inf")}}, ("optimizer.lr", "inf")),
     "beta-above-one": ({"optimizer": {"betas": [2.0, 0.9]}}, ("optimizer.betas",)),
-    "dropout-of-everything": ({"method": {"lora_dropout": 1.0}}, ("method.lora_dropout", "less than 1")),
+    "dropout-of-everything": ({"method": {"lora_dropout": 1.0}}, ("method.lora_dropout", "below 1")),
     "everything-frozen": ({"method": "freeze"}, ("method", "everything would be frozen", "last_blocks")),
     "more-blocks-than-there-are": ({"method": {"type": "freeze", "last_blocks": 9}}, ("method.last_blocks: 9", "2 blocks")),
     "weights-of-no-name": ({"method": {"type": "freeze", "names": ["*.mpl.*"]}}, ("method.names", "'*.mpl.*'")),
@@ -55,7 +55,7 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "output-nobody-can-make": ({"output": "/proc/snugtune/run"}, ("cannot make the folder /proc/snugtune/run",)),
     "model-of-nobody": ({"model": "~nobody-by-that-name/model"}, ("model", "nobody-by-that-name")),
     "data-of-nobody": ({"data": "~nobody-by-that-name/d.jsonl"}, ("data", "nobody-by-that-name")),
-    "empty-output": ({"output": ""}, ("output", "at least 1 character")),
+    "empty-output": ({"output": ""}, ("output", "must not be empty")),
     "number-for-data": ({"data": 5}, ("data",)),
     "typo-in-data": ({"data": {"path": "data.jsonl", "fromat": "alpaca"}}, ("data.0", "'fromat'", "'format'")),
     "epochs-and-steps": ({"epochs": 1}, ("epochs or steps, not both",)),
@@ -96,11 +96,11 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "tabs": (b"model: demo\nplan:\n\tweights: fp32\n", ("config.yaml:3", "not valid YAML")),
     "unclosed-quote": (b'model: "demo\noutput: out\n', ("config.yaml:", "not valid YAML")),
     "code": (b"model: !!python/object/apply:os.getcwd []\n", ("config.yaml:1", "not valid YAML")),
-    "empty": (b"", ("config.yaml", "expected fields")),
-    "list": (b"- model: demo\n", ("config.yaml", "expected fields", "list")),
-    "text": (b"demo", ("config.yaml", "expected fields", "str")),
+    "empty": (b"", ("config.yaml", "expected fields", "found nothing")),
+    "list": (b"- model: demo\n", ("config.yaml", "expected fields", "a list")),
+    "text": (b"demo", ("config.yaml", "expected fields", "text")),
     "number-as-field": (b"1: 2\n", ("config.yaml", "'1'")),
-    "number-as-model": (b"model: 135\noutput: out\ndata: a.jsonl\n", ("config.yaml", "model", "string", "135")),
+    "number-as-model": (b"model: 135\noutput: out\ndata: a.jsonl\n", ("config.yaml", "model", "expected text", "135")),
     "not-utf-8": ("model: d\xe9mo\n".encode("latin-1"), ("config.yaml",)),
     "binary": (bytes(range(256)), ("config.yaml",)),
 }
@@ -119,7 +119,7 @@ def test_config_that_is_not_there(place: Path) -> None:
 
 
 def test_config_that_is_a_folder(place: Path) -> None:
-    refused(place, "train", "model", named=("model", "cannot be read"))
+    refused(place, "train", "model", named=("model is a model's folder", "snugtune init --model model"))
 
 
 SETS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -369,9 +369,42 @@ def test_demo_output_that_is_a_file(place: Path) -> None:
     assert contents(place) == before
 
 
-def test_changed_config_is_refused_with_a_diff(ran: Path) -> None:
-    config(ran, seed=7)
-    refused(ran, "train", "config.yaml", named=("output", "out holds a run of another config", "-seed: 0", "+seed: 7"))
+CHANGED: dict[str, tuple[dict[str, Any], str]] = {
+    "one-field": ({"seed": 7}, "undo: seed: 0 -> 7"),
+    "in-a-group": ({"optimizer": {"lr": 1e-3}}, "undo: optimizer.lr: 0.0002 -> 0.001"),
+    "another-type": ({"schedule": {"type": "wsd", "warmup": 1}}, "undo: schedule.type: constant -> wsd"),
+    "another-file": ({"data": "more.jsonl"}, "undo: data.0.path: data.jsonl -> more.jsonl"),
+    "what-was-not-there": ({"validation": 0.5}, "undo: validation: nothing -> 0.5"),
+    "three": ({"seed": 7, "batch_size": 4, "steps": 9}, "undo: batch_size: 2 -> 4, steps: 3 -> 9, seed: 0 -> 7"),
+    "more": (
+        {"seed": 7, "batch_size": 4, "steps": 9, "max_seq_len": 32, "eval_every": 1},
+        "undo: max_seq_len: 64 -> 32, batch_size: 2 -> 4, steps: 3 -> 9 and 2 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_config_is_refused_with_what_changed(ran: Path, case: str) -> None:
+    fields, undo = CHANGED[case]
+    config(ran, **fields)
+    line = refused(ran, "train", "config.yaml", named=("output: out holds a run of another config; give a new folder or ",))
+    assert line.endswith(undo)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"device": "cuda"}, ("device: cuda", "no CUDA device")),
+        ({"device": "cpu", "plan": {"weights": "fp16"}}, ("plan.weights: fp16", "CPU")),
+    ],
+)
+def test_what_cannot_be_had_is_told_before_what_changed(
+    ran: Path, fields: dict[str, Any], named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new folder would not help."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config(ran, **fields)
+    refused(ran, "train", "config.yaml", named=named)
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {

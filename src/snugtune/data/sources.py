@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -34,6 +34,16 @@ class SourceConfig(Config):
     split: str = Field(default="train", description="of a hub dataset")
     subset: str | None = Field(default=None, description="configuration of a hub dataset")
     streaming: bool = Field(default=False, description="read a hub dataset as it comes, up to max_examples, without its download")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _ours_first(cls, value: Any) -> Any:
+        """People write it the other way round."""
+        names = get_args(Ours)
+        turned = [k for k, v in value.items() if k not in names and v in names] if isinstance(value, dict) else []
+        if turned:
+            raise ValueError(f"the other way round: {{{value[turned[0]]}: {turned[0]}}}, the name it means before the file's own")
+        return value
 
     @field_validator("columns")
     @classmethod
