@@ -8,13 +8,30 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
-from snugtune import __version__, complete
+from snugtune import __version__, complete, shell, usage
 from snugtune.errors import Interrupted, SnugtuneError
 
 
 class _Group(TyperGroup):
-    """Ends a command that raised a `SnugtuneError` with its one line and its exit code; bugs keep their traceback."""
+    """Ends a command that raised a `SnugtuneError` with its one line and its exit code; bugs keep their traceback.
+
+    So ends a command line that cannot be understood.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **how: Any) -> Any:
+        shell.listen()
+        try:
+            ended = super().main(*args, standalone_mode=False, **how)
+        except TyperException as error:
+            if not usage.is_help(error):
+                typer.echo(f"error: {usage.mistake(error)}", err=True)
+            sys.exit(SnugtuneError.exit_code)
+        except SnugtuneError as error:  # of an option that does its work at once
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        sys.exit(ended or 0)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -28,7 +45,11 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune a language model in the memory you have."
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model in the memory you have.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at training data as the model will see it.")
 app.add_typer(data_app, name="data")
@@ -41,7 +62,7 @@ Overrides = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run code that comes with the model; only for sources you trust")
 ]
-Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run trained several")]
+Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run trained several", autocompletion=complete.adapters)]
 
 
 def _console() -> Any:
@@ -62,6 +83,12 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    install_completion: Annotated[
+        bool, typer.Option("--install-completion", callback=shell.install, is_eager=True, help="let your shell complete on Tab")
+    ] = False,
+    show_completion: Annotated[
+        bool, typer.Option("--show-completion", callback=shell.show, is_eager=True, help="print what that would install")
+    ] = False,
 ) -> None:
     pass
 

@@ -14,7 +14,6 @@ from snugtune.memory.plan import Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.lora import CONFIG_FILE
 
-
 MOST_CHANGES = 3
 """Differences from the config of a run that are named."""
 

@@ -581,6 +581,39 @@ def test_help_is_quick(args: list[str], tmp_path: Path) -> None:
     assert done.returncode == (2 if args == ["trian"] else 0)
 
 
+LINES: dict[str, tuple[str, ...]] = {
+    "trian c.yaml": ("no such command 'trian'; did you mean 'train'?",),
+    "foo": ("no such command 'foo'; see snugtune --help",),
+    "c.yaml": ("'c.yaml' is no command; did you mean snugtune train c.yaml?",),
+    "data shwo c.yaml": ("did you mean 'show'?",),
+    "train": ("missing the config (the run's YAML config); see snugtune train --help",),
+    "train a b": ("unexpected argument 'b'",),
+    "train a seed=1": ("to override a field: --set seed=1",),
+    "train a --set": ("--set needs a value",),
+    "train a --epochs 3": ("no option --epochs; a field of the config is set by --set epochs=VALUE",),
+    "train a --batch-size=3": ("--set batch_size=VALUE",),
+    "train a --lr 1e-4": ("--set optimizer.lr=VALUE",),
+    "train a --nothing": ("no option --nothing; see snugtune train --help",),
+    "chat r --temprature 1": ("did you mean --temperature?",),
+    "chat r --temperature hot": ("--temperature: expected a number (got 'hot')",),
+    "chat r --max-new-tokens 0": ("--max-new-tokens: must be at least 1 (got '0')",),
+    "chat r --compare=1": ("--compare takes no value",),
+    "export r": ("missing --to",),
+    "--versio": ("did you mean --version?",),
+    "a\nb": ("no such command",),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_that_cannot_be_understood(line: str) -> None:
+    """As any other mistake: one line, exit code 2."""
+    assert_refused(here(*line.split(" ")), *LINES[line])
+
+
+def test_a_group_of_commands_alone_shows_its_help() -> None:
+    assert "show" in here("data").out
+
+
 def test_help_names_every_command() -> None:
     out = here("--help").out
     assert all(name in out for name in ("demo", "train", "chat", "export", "data", "--version"))
