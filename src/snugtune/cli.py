@@ -84,7 +84,13 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
     install_completion: Annotated[
-        bool, typer.Option("--install-completion", callback=shell.install, is_eager=True, help="let your shell complete on Tab")
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=shell.install,
+            is_eager=True,
+            help="let your shell complete commands, options and fields on Tab",
+        ),
     ] = False,
     show_completion: Annotated[
         bool, typer.Option("--show-completion", callback=shell.show, is_eager=True, help="print what that would install")

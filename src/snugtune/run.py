@@ -25,7 +25,7 @@ from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
-from snugtune.training.job import Job, start_job
+from snugtune.training.job import Job, length_remark, start_job
 from snugtune.training.metrics import StepMetrics, held_out_course, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
 
@@ -168,6 +168,8 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
         for remark in data.remarks:
             observer.note(f"data ({job_config.name}): {remark}")
         job = start_job(base, job_config, data, planned.plan)
+        if remark := length_remark(base, job_config, data):
+            observer.note(f"data ({job.name}): {remark}")
         before = {} if checkpoint is None else checkpoint.jobs.get(job.name, {})
         if before.get("ended"):
             job.step, job.failure = before["step"], before["failure"]
