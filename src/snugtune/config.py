@@ -37,13 +37,18 @@ def _as_sources(value: Any) -> Any:
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
-def _typed(default: str) -> Any:
-    """Let a union's `type` be left out where a default exists, and be the whole value (`schedule: cosine`)."""
+def _typed(default: str, **also: str) -> Any:
+    """Let a union's `type` be left out where a default exists, and be the whole value (`schedule: cosine`).
+
+    `also`: other names of a type -> its own.
+    """
 
     def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return {"type": value}
-        return {"type": default, **value} if isinstance(value, dict) else value
+        fields = {"type": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict):
+            return value
+        kind = fields.get("type", default)
+        return {**fields, "type": also.get(kind, kind) if isinstance(kind, str) else kind}
 
     return BeforeValidator(fill)
 
@@ -160,7 +165,7 @@ class JobFields(Config):
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the job's gradient to this norm; null: never")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seeds the order, the split, the initial adapter and dropout")
     optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(default=AdamWConfig(), description="the optimizer")
-    schedule: Annotated[ScheduleConfig, _typed("constant")] = Field(
+    schedule: Annotated[ScheduleConfig, _typed("constant", constant_with_cooldown="wsd")] = Field(
         default=ConstantConfig(), description="the learning rate over time"
     )
 
