@@ -123,8 +123,9 @@ def _of_file(path: Path) -> str | None:
 
 def _of_folder(path: Path) -> str:
     if (path / "config.yaml").is_file():
-        kind = "a run's folder" if (path / "plan.json").is_file() else "a folder"
-        return f"{path} is {kind}, not a config; its config is {path / 'config.yaml'}"
+        if (path / "plan.json").is_file():
+            return f"{path} is a run's folder, not a config; the run goes on with 'snugtune train {path / 'config.yaml'}'"
+        return f"{path} is a folder, not a config; there is one in it: {path / 'config.yaml'}"
     if (path / "adapter_config.json").is_file():
         return f"{path} is an adapter's folder, not a config; 'snugtune chat {path}' talks to it"
     if (path / "config.json").is_file():

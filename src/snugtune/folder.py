@@ -153,6 +153,9 @@ def locate(path: Path, adapter: str | None = None) -> Located:
         if not isinstance(name, str) or not name:
             raise InputError(f"{path / CONFIG_FILE}: names no base model")
         return Located(name, path, name)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}; give a run's folder (the 'output' of its config) or an adapter's")
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} is neither a run folder (no config.yaml) nor an adapter folder (no {CONFIG_FILE})")
     config, folder = read_config(path / "config.yaml"), RunFolder(path)

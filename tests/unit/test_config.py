@@ -375,7 +375,7 @@ NO_CONFIGS = [
     ("d.json", '{"instruction": "a"}', "d.json: this is data"),
     ("d.txt", "Once upon: a time", "d.txt: this is data"),
     ("m.gguf", "GGUF", "m.gguf: this is a model"),
-    ("run/config.yaml", "", r"run is a folder, not a config; its config is .*run/config\.yaml"),
+    ("run/config.yaml", "", r"run is a folder, not a config; there is one in it: .*run/config\.yaml"),
     ("run/adapter_config.json", "{}", "run is an adapter's folder, not a config; 'snugtune chat .*run' talks to it"),
     ("run/config.json", "{}", "run is a model's folder, not a config; 'snugtune init --model .*run"),
 ]
