@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from snugtune.data.controls import Controls, Token, encoded_plainly
 from snugtune.data.forms import Document, Item
+from snugtune.data.render.controls import Controls, Token, encoded_plainly
 from snugtune.data.sources import Drops
 from snugtune.types import Example
 
