@@ -332,7 +332,9 @@ REFERENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing-gguf": ("no-such.gguf", ("no file no-such.gguf",)),
     "not-a-gguf": ("text.gguf", ("text.gguf", "not a GGUF")),
     "empty-gguf": ("empty.gguf", ("empty.gguf", "not a GGUF")),
-    "hub-offline": ("nobody/no-such-model", ("nobody/no-such-model",)),
+    "hub-offline": ("nobody/no-such-model", ("nobody/no-such-model", "HF_HUB_OFFLINE")),
+    "misspelt-demo": ("dmeo", ("'dmeo'", "HF_HUB_OFFLINE", "did you mean 'demo'?")),
+    "misspelt-folder": ("modle", ("'modle'", "did you mean 'model'?")),
     "not-even-an-id": ("what is this?", ("what is this?",)),
 }
 
@@ -344,6 +346,11 @@ def test_model_references(place: Path, case: str) -> None:
     (place / "empty.gguf").touch()
     config(place, model=model)
     refused(place, "train", "config.yaml", named=("model", *named))
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_planned(place: Path) -> None:
+    config(place, model="./no-such-model")
+    assert here("train", "config.yaml").err.count("\n") == 1
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -361,6 +368,14 @@ def test_model_references(place: Path, case: str) -> None:
 def test_output_that_is_something_else(place: Path, output: str, named: tuple[str, ...]) -> None:
     config(place, output=output)
     refused(place, "train", "config.yaml", named=named)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is Linux's; nobody, not even root, can make a folder in it")
+def test_output_that_cannot_be_made_is_refused_before_anything_is_loaded(place: Path) -> None:
+    config(place, output="/proc/snugtune/out")
+    ran = here("train", "config.yaml")
+    assert_refused(ran, "cannot make the folder /proc/snugtune/out", "give another")
+    assert ran.err.count("\n") == 1, "no plan, no data, no model before it"
 
 
 def test_demo_output_that_is_a_file(place: Path) -> None:

@@ -14,6 +14,7 @@ from snugtune.data.forms import Form, Item, Unusable, read_form
 from snugtune.data.records import ENDINGS, READERS, Records, read_records, without_blanks
 from snugtune.errors import InputError
 from snugtune.files import user_path
+from snugtune.hub import hub_trouble
 from snugtune.schema import Config
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -120,5 +121,5 @@ def _hub_records(source: SourceConfig) -> Records:
             assert isinstance(row, Mapping)
             yield f"{source.path}:{source.split}:{number}", without_blanks(row)
     except Exception as error:  # the network, the file's form, the library: each has errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = hub_trouble(error, "dataset") or (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"data: '{source.path}' is neither a file here nor a dataset that the hub gives: {reason}") from error
