@@ -19,6 +19,7 @@ from snugtune.errors import InputError
 from snugtune.files import cache_dir
 from snugtune.objectives import objective_of
 from snugtune.types import Example, Prompt
+from snugtune.words import counted
 
 SUMMARY_BUCKETS = 24
 
@@ -47,7 +48,9 @@ class JobData:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What was left out or cut, and how much is left, in words."""
-        size = f"{len(self.train):,} training examples, {self.tokens:,} tokens ({self.label_tokens:,} trained)"
+        size = (
+            f"{counted(len(self.train), 'training examples')}, {counted(self.tokens, 'tokens')} ({self.label_tokens:,} trained)"
+        )
         return (*self.drops.lines(), size + (f"; {len(self.held_out):,} held out" if self.held_out else ""))
 
     @property
@@ -91,7 +94,7 @@ def read_job(job: JobConfig) -> JobText:
         return JobText(_mixed(job, sources), (), drops)
     if isinstance(job.validation, (str, SourceConfig)):
         source = SourceConfig(path=job.validation) if isinstance(job.validation, str) else job.validation
-        (held_out,) = read_sources((source,), drops)
+        (held_out,) = read_sources((source,), drops, "validation")
         return JobText(_mixed(job, sources), tuple(held_out), drops)
     if all(len(items) < 2 for items in sources):
         raise InputError("validation: 1 example cannot be split; give more data or no validation")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from snugtune.data.forms import Conversation, Item
+from snugtune.data.forms import Conversation, Document, Item
 from snugtune.data.render.template import TRAINING_DATE, Renderer, TrainOn
 from snugtune.data.sources import Drops
 from snugtune.types import Example
@@ -20,7 +20,10 @@ def render_all(
     examples: list[Example] = []
     for conversation in items:
         if not isinstance(conversation, Conversation):
-            drops.add(f"{type(conversation).__name__.lower()}s, which objective sft does not learn", conversation.source)
+            advice = "set objective: clm" if isinstance(conversation, Document) else "it takes conversations"
+            drops.add(
+                f"{type(conversation).__name__.lower()}s, which objective sft does not learn ({advice})", conversation.source
+            )
             continue
         try:
             pieces = renderer.render(conversation.messages, conversation.tools)
@@ -46,7 +49,7 @@ def _to_example(ids: list[int], weights: list[float], source: str, max_seq_len: 
         weights[0] = 0.0  # nothing predicts the first token
     if len(ids) > max_seq_len:
         if not any(weights[:max_seq_len]):
-            drops.add(f"examples dropped: their answers begin after max_seq_len={max_seq_len} tokens", source)
+            drops.add(f"examples dropped: no answer begins within max_seq_len={max_seq_len} tokens", source)
             return None
         drops.add(f"examples cut to max_seq_len={max_seq_len} tokens", source)
     if not any(weights):
