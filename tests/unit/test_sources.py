@@ -94,6 +94,7 @@ FORMS = {
         {"conversations": [said("user", "Q"), said("model", "A"), said("human", "Q"), said("assistant", "A")]},
         [user("Q"), assistant("A"), user("Q"), assistant("A")],
     ),
+    "sharegpt with OpenAI's turns": ({"conversations": [user("Q"), assistant("A")]}, [user("Q"), assistant("A")]),
     "messages": ({"messages": [user("Q"), assistant("A")]}, [user("Q"), assistant("A")]),
     "messages with system and more fields": (
         {"id": 7, "messages": [system("S"), user("Q"), {**assistant("A"), "id": "x"}, user("Q2"), assistant("A2")]},
@@ -410,7 +411,9 @@ UNUSABLE = [
     pytest.param({"messages": [user("a"), assistant(" ")]}, "without an answer", id="blank turn"),
     pytest.param({"messages": [assistant("a"), user("b"), assistant("c")]}, "beginning with an answer", id="answer first"),
     pytest.param({"conversations": [said("gpt", "a")]}, "beginning with an answer", id="answer alone"),
-    pytest.param({"conversations": [user("a")]}, "without 'from' and 'value'", id="sharegpt with other names"),
+    pytest.param(
+        {"conversations": [{"speaker": "a", "said": "b"}]}, "without 'from' and 'value'", id="sharegpt with other names"
+    ),
     pytest.param({"conversations": [said("oracle", "a")]}, "unknown role", id="sharegpt with an oracle"),
     pytest.param({"instruction": "half an emoji \ud83d", "output": "b"}, "Unicode", id="half an emoji asked"),
     pytest.param({"messages": [user("a"), assistant("half an emoji \ude00")]}, "Unicode", id="half an emoji answered"),
@@ -475,6 +478,10 @@ def test_a_pattern_is_the_files_it_finds_by_name(data_file, tmp_path: Path):
     (tmp_path / "deep").mkdir()
     data_file(GOOD_LINE, "deep/d.jsonl")
     assert [Path(c.source).name for c in read(tmp_path / "**" / "*.jsonl")] == ["a.jsonl:1", "b.jsonl:1", "d.jsonl:1"]
+
+
+def test_an_ending_may_be_written_large(data_file):
+    assert len(read(data_file(GOOD_LINE, "A.JSONL"))) == 1
 
 
 def test_a_file_with_the_name_of_a_pattern_is_itself(data_file):

@@ -297,7 +297,9 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _sharegpt(record: Mapping[str, Any], source: str) -> Conversation:
-    messages = _turns(record.get("conversations"), "conversations", "from", "value")
+    turns = record.get("conversations")
+    openais = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and {"role", "content"} <= turns[0].keys()
+    messages = _turns(turns, "conversations", *(("role", "content") if openais else ("from", "value")))
     return _conversation(_with_system(record, messages), source, _tools(record))
 
 

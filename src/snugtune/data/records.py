@@ -69,7 +69,7 @@ _INSTEAD = {
 
 def kind(path: Path) -> str:
     """The ending that tells the form, less `.gz`."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _hidden(file: Path, folder: Path) -> bool:
