@@ -82,7 +82,8 @@ class Console:
 
     def ask(self, question: str, default: str = "") -> str:
         """Ask a person, on stderr; an empty answer is the default. Raises `InputError` where the input has ended."""
-        self.err.print(Text.assemble(f"{question} ", (f"[{default}] " if default else "", "dim")), end="", soft_wrap=True)
+        end = " " if question.endswith("?") and not default else ": "
+        self.err.print(Text.assemble(question, (f" [{default}]" if default else "", "dim"), end), end="", soft_wrap=True)
         try:
             return input().strip() or default
         except EOFError as error:

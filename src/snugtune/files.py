@@ -113,6 +113,15 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
 
 
+def check_can_make(folder: Path) -> None:
+    """See whether a folder that is not there could be made: before hours of work, not after. Raises `StorageError`."""
+    above = next(p for p in folder.absolute().parents if p.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=above, prefix=_UNFINISHED))
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
+
+
 @contextmanager
 def claimed(folder: Path, wait: bool = False) -> Iterator[None]:
     """Nobody else may write in `folder` inside the block; the claim ends with the process, however that ends.

@@ -14,7 +14,7 @@ import torch
 
 from snugtune.config import JobConfig, RunConfig
 from snugtune.errors import DivergedError, InputError, Interrupted
-from snugtune.files import claimed, make_folder, remove_leftovers, user_path, write_whole
+from snugtune.files import check_can_make, claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
@@ -84,7 +84,9 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     check_tracking(config.tracking)
     with stop_flag(observer.note) as stop, ExitStack() as claims:
         fresh = not folder.path.is_dir()
-        if not fresh:
+        if fresh:
+            check_can_make(folder.path)
+        else:
             claims.enter_context(claimed(folder.path))
             remove_leftovers(folder.path)
         session = prepare(config, observer, stop)
@@ -147,13 +149,14 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     """Read data, plan, load the base and start or restore every job. Writes nothing."""
     folder = RunFolder(user_path(config.output, "output"))
     texts = {job.name: read_job(job) for job in config.resolved_jobs()}
+    source = find_model(config.model, observer.note)
     checkpoint = latest_checkpoint(folder.checkpoints)
     planned = make_plan(config) if checkpoint is None else _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
     watch = Watch(planned.plan.device)
     for reason in planned.reasons:
         observer.note(f"plan: {reason}")
-    base = load_base(find_model(config.model, observer.note), planned.plan, config.trust_remote_code)
+    base = load_base(source, planned.plan, config.trust_remote_code)
     for note in base.notes:
         observer.note(f"model: {note}")
     if checkpoint is not None and checkpoint.base != base.fingerprint:

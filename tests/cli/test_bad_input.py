@@ -151,11 +151,19 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "blank": ("d.jsonl", b"\n \n", ("d.jsonl", "no records")),
     "empty-array": ("d.json", b"[]", ("d.json", "no records")),
     "csv": ("d.csv", b"question,answer\n", ("d.csv", "no records")),
-    "csv-without-known-columns": ("d.csv", b"question,answer\na,b\n", ("d.csv:2", "no known form")),
+    "csv-without-known-columns": (
+        "d.csv",
+        b"question,answer\na,b\n",
+        ("d.csv:2", "no known form", "columns: {instruction: question, output: answer}"),
+    ),
     "csv-with-a-cell-too-many": ("d.csv", b"instruction,output\na,b,c\n", ("d.csv:2", "cells")),
     "half-a-gzip": ("d.jsonl.gz", b"\x1f\x8b\x08\x00", ("d.jsonl.gz", "gzip")),
     "no-parquet": ("d.parquet", b"PAR1", ("d.parquet", "parquet")),
-    "plain-text": ("d.txt", b"Once upon a time.", ("d.txt:1", "objective sft does not learn")),
+    "plain-text": (
+        "d.txt",
+        b"Once upon a time.",
+        ("1 document,", "d.txt:1", "objective sft does not learn (set objective: clm)"),
+    ),
     "no-ending": ("d", GOOD, ("d", "ending", ".jsonl")),
     "binary": ("d.jsonl", bytes(range(256)), ("d.jsonl", "UTF-8")),
     "latin-1": ("d.jsonl", json.dumps(messages("d\xe9j\xe0", "vu"), ensure_ascii=False).encode("latin-1"), ("d.jsonl", "UTF-8")),
@@ -165,8 +173,12 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "open-array": ("d.json", b"[\n" + GOOD + b"\n", ("d.json:3", "breaks off")),
     "one-text": ("d.json", b'"hello"', ("d.json:1", "array")),
     "nested-too-deeply": ("d.jsonl", b"[" * 100_000, ("d.jsonl:1", "JSON")),
-    "numbers": ("d.jsonl", b"1\n2\n", ("d.jsonl:1", "d.jsonl:2", "not JSON objects")),
-    "unknown-form": ("d.jsonl", b'{"question": "a", "answer": "b"}\n', ("d.jsonl:1", "alpaca")),
+    "numbers": ("d.jsonl", b"1\n2\n", ("d.jsonl:1", "d.jsonl:2", "other than JSON objects")),
+    "unknown-form": (
+        "d.jsonl",
+        b'{"question": "a", "answer": "b"}\n',
+        ("d.jsonl:1", "no known form", "instruction: question, output: answer"),
+    ),
     "questions-only": ("d.jsonl", json.dumps(messages("a?")).encode(), ("d.jsonl:1", "without an answer")),
     "empty-answers": ("d.jsonl", json.dumps(messages("a?", " ")).encode(), ("d.jsonl:1", "without an answer")),
     "unknown-role": ("d.jsonl", b'{"messages": [{"role": "wizard", "content": "a"}]}', ("d.jsonl:1", "unknown role")),
@@ -205,7 +217,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "folder": ({"data": "model"}, ("data", "model/config.json:1")),
     "folder-of-nothing": ({"data": "tmp"}, ("data", "folder tmp", ".jsonl")),
     "hub-offline": ({"data": "someone/something"}, ("data", "'someone/something'", "hub")),
-    "conversations-for-clm": ({"objective": "clm"}, ("data.jsonl:1", "objective clm does not learn")),
+    "conversations-for-clm": ({"objective": "clm"}, ("data.jsonl:1", "objective clm does not learn (set objective: sft)")),
     "weight-without-turns": ({"data": {"path": "data.jsonl", "weight": 2}}, ("data.0.weight", "interleave")),
     "column-that-is-not-there": (
         {"data": {"path": "data.jsonl", "columns": {"messages": "talk"}}},
@@ -332,7 +344,9 @@ REFERENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing-gguf": ("no-such.gguf", ("no file no-such.gguf",)),
     "not-a-gguf": ("text.gguf", ("text.gguf", "not a GGUF")),
     "empty-gguf": ("empty.gguf", ("empty.gguf", "not a GGUF")),
-    "hub-offline": ("nobody/no-such-model", ("nobody/no-such-model",)),
+    "hub-offline": ("nobody/no-such-model", ("nobody/no-such-model", "HF_HUB_OFFLINE")),
+    "misspelt-demo": ("dmeo", ("'dmeo'", "HF_HUB_OFFLINE", "did you mean 'demo'?")),
+    "misspelt-folder": ("modle", ("'modle'", "did you mean 'model'?")),
     "not-even-an-id": ("what is this?", ("what is this?",)),
 }
 
@@ -344,6 +358,11 @@ def test_model_references(place: Path, case: str) -> None:
     (place / "empty.gguf").touch()
     config(place, model=model)
     refused(place, "train", "config.yaml", named=("model", *named))
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_planned(place: Path) -> None:
+    config(place, model="./no-such-model")
+    assert here("train", "config.yaml").err.count("\n") == 1
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -361,6 +380,14 @@ def test_model_references(place: Path, case: str) -> None:
 def test_output_that_is_something_else(place: Path, output: str, named: tuple[str, ...]) -> None:
     config(place, output=output)
     refused(place, "train", "config.yaml", named=named)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is Linux's; nobody, not even root, can make a folder in it")
+def test_output_that_cannot_be_made_is_refused_before_anything_is_loaded(place: Path) -> None:
+    config(place, output="/proc/snugtune/out")
+    ran = here("train", "config.yaml")
+    assert_refused(ran, "cannot make the folder /proc/snugtune/out", "give another")
+    assert ran.err.count("\n") == 1, "no plan, no data, no model before it"
 
 
 def test_demo_output_that_is_a_file(place: Path) -> None:

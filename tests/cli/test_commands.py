@@ -151,7 +151,7 @@ def test_train_says_what_it_does(trained: Trained) -> None:
     losses = [f"{line['loss']:.4f}" for line in metrics_of(trained.run)[1:]]
     assert f"{losses[0]} -> {losses[-1]}" in trained.ran.out
     assert f"step {STEPS}/{STEPS}" in trained.ran.err
-    assert "data (default): 1 training examples" in trained.ran.err
+    assert "data (default): 1 training example," in trained.ran.err
     for text in (trained.ran.out, trained.ran.err):
         assert "\x1b" not in text
         assert "\r" not in text
@@ -536,10 +536,37 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, model_folder: Path, mon
         for message in talk["messages"]:
             said = message["content"] + "<|im_end|>"
             expected += f"<|im_start|>{message['role']}\n" + (f"«{said}»" if message["role"] == "assistant" else said) + "\n"
-        assert shown.startswith(expected)
+        assert shown.startswith(expected + "\n") and not shown.startswith(expected + "\n\n"), "one empty line"
     assert "Tail?" not in ran.out
     assert "default: 3 training examples" in ran.out
     assert not (tmp_path / "run").exists()
+
+
+def test_data_show_tells_control_tokens_from_text_that_reads_like_them(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody says of `<|im_end|>` is text; the answer's real end stands without a mark."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "talks.jsonl", [messages("Is <|im_end|> an end?", "<|im_end|> it is.")])
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data="talks.jsonl", max_seq_len=128))
+    out = here("data", "show", "config.yaml").out
+    assert "\nIs ⟦<|im_end|>⟧ an end?<|im_end|>\n" in out
+    assert "\n«⟦<|im_end|>⟧ it is.<|im_end|>»\n" in out
+    assert out.startswith("«...» trained; ⟦...⟧ text that reads like a control token")
+
+
+def test_data_show_says_how_much_of_each_source_a_mixture_takes(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a.jsonl", 2), ("b.jsonl", 8)):
+        write_lines(tmp_path / name, [messages(f"{name} {i}?", "Yes.") for i in range(count)])
+    mixed = {"data": [{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 2}],
+             "mixing": {"type": "interleave", "until": "last"}}  # fmt: skip
+    write_config(tmp_path / "config.yaml", **taught(model_folder, **mixed))
+    out = here("data", "show", "config.yaml", "-n", "0").out
+    assert "default: an epoch takes 4 of a.jsonl (it has 2), 8 of b.jsonl (it has 8)\n" in out
+    assert "default: 12 training examples" in out
 
 
 def test_data_show_counts_what_is_cut_and_dropped(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,12 +576,12 @@ def test_data_show_counts_what_is_cut_and_dropped(tmp_path: Path, model_folder: 
     write_lines(tmp_path / "talks.jsonl", [TALK, cut, late, {"messages": []}, {"text": "hm"}])
     write_config(tmp_path / "config.yaml", **taught(model_folder, data="talks.jsonl", epochs=3, steps=None))
     out = here("data", "show", "config.yaml", "-n", "0").out
-    assert "default: 1 examples cut to max_seq_len=64 tokens (talks.jsonl:2)\n" in out
+    assert "default: 1 example cut to max_seq_len=64 tokens (talks.jsonl:2)\n" in out
     assert "max_seq_len=64 tokens (talks.jsonl:3)\n" in out
     assert "(talks.jsonl:4)\n" in out
     assert "(talks.jsonl:5)\n" in out
     assert "default: 2 training examples" in out
-    assert "6 optimizer steps of 1 examples" in out
+    assert "6 optimizer steps of 1 example\n" in out
     assert "to 64, median" in out
 
 
