@@ -190,9 +190,12 @@ def _tensorboard(opening: Opening) -> Opened:
     logs = opening.folder / "tensorboard"
     tracker = TensorBoardTracker(opening.job or "", logs)
     tracker.start()
-    if opening.key is None:  # not store_init_configuration: it would give them a folder, and with it an empty run, of their own
+    writer = tracker.tracker.file_writer
+    if (
+        opening.key is None and writer is not None
+    ):  # not store_init_configuration: it would give them a folder, and with it an empty run, of their own
         for summary in hparams(dict(opening.hyperparameters), {}):
-            tracker.tracker.file_writer.add_summary(summary)
+            writer.add_summary(summary)
     return Opened(tracker, f"tensorboard --logdir {logs}", tracker.finish, "here")
 
 
