@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from snugtune.config import RunConfig, read_config
 from snugtune.errors import InputError
-from snugtune.folder import RunFolder
+from snugtune.folder import RunFolder, runs_near
 
 SERIES = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory")
 
@@ -110,7 +110,7 @@ def read_facts(path: Path) -> RunFacts:
     """Read a run folder. Raises `InputError` where it is none; files that are missing or broken only leave gaps."""
     run = RunFolder(path)
     if not run.config.is_file():
-        raise InputError(f"{path} is not a run folder (no config.yaml); give the 'output' of a run")
+        raise InputError(f"{path} is not a run folder (no config.yaml); {runs_near(path)}")
     problems: list[str] = []
     jobs: dict[str, JobFacts] = {}
     config = _config(run, problems)
