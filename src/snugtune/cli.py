@@ -181,7 +181,7 @@ def report(
     console = _console()
     from snugtune.report import write_report
 
-    written = write_report(run, output)
+    written = write_report(run, output, console.note)
     console.say(f"written: {written}")
     if open_:
         typer.launch(str(written.resolve()))
