@@ -395,7 +395,11 @@ def test_a_model_without_chat_template_gets_a_plain_one(
     ran = forked("train", "config.yaml", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert "no chat template" in ran.err
-    assert here("chat", "run", "--prompt", "Say it").out == "first\n"
+    chat = here("chat", "run", "--prompt", "Say it")
+    assert (chat.out, chat.err) == ("first\n", ""), "what was said in training is not said at each start"
+    foreign = shutil.copytree(tmp_path / "run/adapters/default", tmp_path / "foreign")
+    (foreign / "snugtune.json").unlink()
+    assert "no chat template" in here("chat", foreign, "--prompt", "Say it").err
     assert here("export", "run", "--to", "merged").code == 0
     merged = tmp_path / "run/merged"
     assert answer(AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged), "Say it") == "first"

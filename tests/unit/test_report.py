@@ -220,6 +220,15 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "at step 20 of 40" in page.text
 
 
+def test_what_was_never_measured_has_no_key(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=5)
+    assert "held out" in report_of(folder).texts
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.dumps({k: v for k, v in line.items() if k != "eval_loss"}) for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert "held out" not in report_of(folder).texts
+
+
 def test_skipped_steps_are_gaps_and_marks(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=20, skipped=(5, 6, 20))
     with (folder / "metrics.jsonl").open("a") as stream:
