@@ -1,5 +1,6 @@
 """The `snugtune` command: thin, no logic. Everything heavy is imported by the command that needs it."""
 
+import logging
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run tr
 
 
 def _console() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed: it warns while peft is imported
     from snugtune.console import Console, quiet_libraries
 
     quiet_libraries()
@@ -143,7 +145,7 @@ def train(config: ConfigPath, set_: Overrides = None) -> None:
 
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(help="a run folder, or a PEFT adapter folder")],
+    run: Annotated[Path, typer.Argument(help="a run folder, a PEFT adapter folder, or a model folder (as export writes it)")],
     adapter: Adapter = None,
     prompt: Annotated[str | None, typer.Option(help="answer this once and leave")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="ask the untuned base too, and show both answers")] = False,
@@ -155,10 +157,12 @@ def chat(
 ) -> None:
     """Talk to what a run trained."""
     console = _console()
-    from snugtune.chat import answer_once, converse
+    from snugtune.chat import answer_once, check_prompt, converse
     from snugtune.model.generate import Sampling
     from snugtune.tuned import load, load_untuned
 
+    if prompt is not None:
+        check_prompt(prompt)
     models = {"tuned": load(run, adapter, console.note, trust_remote_code)}
     if compare:
         models = {"base": load_untuned(models["tuned"], run, adapter, console.note, trust_remote_code)} | models
@@ -210,7 +214,7 @@ def report(
     console = _console()
     from snugtune.report import write_report
 
-    written = write_report(run, output)
+    written = write_report(run, output, console.note)
     console.say(f"written: {written}")
     if open_:
         typer.launch(str(written.resolve()))

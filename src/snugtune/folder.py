@@ -9,13 +9,17 @@ from typing import Any
 from snugtune.config import JobConfig, RunConfig, read_config
 from snugtune.config_yaml import read_yaml
 from snugtune.errors import InputError
-from snugtune.files import is_leftover, read_json, write_whole
+from snugtune.files import is_leftover, read_json, user_path, write_whole
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.lora import CONFIG_FILE
 
+MODEL_FILE = "config.json"
+"""What makes a folder one of a transformers model."""
 MOST_CHANGES = 3
 """Differences from the config of a run that are named."""
+RUNS_NAMED = 8
+"""Runs that a message names; there may be hundreds."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,26 @@ def _shown(fields: dict[str, Any], name: str) -> str:
     return "nothing" if value is None else value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
+def runs_near(path: Path) -> str:
+    """The runs that somebody who wrote `path` may have meant, in words: those in it, beside it, in `runs/` and here."""
+    places = (path, path.parent, Path("runs"), Path())
+    found = sorted({str(run.parent) for place in places for run in place.glob("*/config.yaml") if _is_run(run.parent)})
+    if not found:
+        return "no run is here or in runs/; give the 'output' of one"
+    more = f" and {len(found) - RUNS_NAMED} more" if len(found) > RUNS_NAMED else ""
+    return f"runs that are here: {', '.join(found[:RUNS_NAMED])}{more}"
+
+
+def _is_run(path: Path) -> bool:
+    return RunFolder(path).plan.is_file() or RunFolder(path).metrics.is_file()
+
+
 @dataclass(frozen=True)
 class Located:
-    """What a run or adapter folder refers to: a model, and the adapter on it (None: the model itself was tuned).
+    """What a run, adapter or model folder refers to: a model, and the adapter on it (None: the model itself was tuned).
 
-    `origin`: the model that was tuned; `remote_code`: the run was trained with code that came with it.
+    `origin`: the model that was tuned (the same one where that is not known); `remote_code`: the run was trained with code
+    that came with it.
     """
 
     model: str
@@ -147,17 +166,30 @@ class Located:
 
 
 def locate(path: Path, adapter: str | None = None) -> Located:
-    """Find what `path` (a run or PEFT adapter folder) holds; `adapter` picks a job of several. Raises `InputError`."""
-    if (path / CONFIG_FILE).is_file():
-        name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
-        if not isinstance(name, str) or not name:
-            raise InputError(f"{path / CONFIG_FILE}: names no base model")
-        return Located(name, path, name)
+    """Find what `path` (a run, PEFT adapter or model folder) holds; `adapter` picks a job of several. Raises `InputError`."""
+    path = user_path(str(path), "RUN")
+    if not path.exists():
+        raise InputError(f"there is no {path}; {runs_near(path)}")
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}; give a run's folder (the 'output' of its config) or an adapter's")
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{path} is neither a run folder (no config.yaml) nor an adapter folder (no {CONFIG_FILE})")
+        raise InputError(f"{path} is a file; give a run's folder (the 'output' of its config) or an adapter's")
+    is_run, is_adapter, is_model = ((path / name).is_file() for name in ("config.yaml", CONFIG_FILE, MODEL_FILE))
+    if is_run and not is_adapter:
+        return _in_run(path, adapter)
+    if not is_adapter and not is_model:
+        lacks = f"neither a run folder (no config.yaml) nor an adapter or model folder (no {CONFIG_FILE}, no {MODEL_FILE})"
+        raise InputError(f"{path} is {lacks}; {runs_near(path)}")
+    if adapter is not None:
+        raise InputError(f"--adapter {adapter}: {path} is no run with several adapters; leave it out")
+    if not is_adapter:
+        model = str(path.absolute())  # 'demo' alone would be another model
+        return Located(model, None, model)
+    name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path / CONFIG_FILE}: names no base model")
+    return Located(name, path, name)
+
+
+def _in_run(path: Path, adapter: str | None) -> Located:
     config, folder = read_config(path / "config.yaml"), RunFolder(path)
     jobs = {job.name: job for job in config.resolved_jobs()}
     if adapter is None and len(jobs) > 1:

@@ -28,6 +28,7 @@ from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, length_remark, start_job
 from snugtune.training.metrics import StepMetrics, held_out_course, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
+from snugtune.training.verdict import warning
 
 
 class Observer(Protocol):
@@ -114,6 +115,8 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             seconds = time.perf_counter() - started
             observer.end()
             logs.close()
+        for text in _warnings(session):
+            observer.note(text)
         if failures := [job.failure for job in session.ended if job.failure]:
             session.save()
             raise DivergedError("; ".join(failures))
@@ -216,6 +219,14 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
             session.save()
         session.pending = trainer.step()
         session.step += 1
+
+
+def _warnings(session: Session) -> list[str]:
+    """What speaks against the results of the jobs that have ended."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in read_metrics(session.folder.metrics):
+        lines.setdefault(line["job"], []).append(line)
+    return [text for job in session.ended if (text := warning(job, lines.get(job.name, [])))]
 
 
 def _short(text: str, width: int = 60) -> str:

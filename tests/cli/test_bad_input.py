@@ -482,8 +482,11 @@ def nothing(place: Path) -> None:
 
 
 RESULTS_USED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]] = {
-    "missing": (nothing, ("no-such-run",), ("no-such-run", "neither a run folder")),
-    "no-run": (nothing, ("model",), ("model", "neither a run folder")),
+    "missing": (nothing, ("no-such-run",), ("there is no no-such-run", "runs that are here: out, two")),
+    "misspelt-place": (nothing, ("out/adapters/defaults",), ("there is no out/adapters/defaults", "out, two")),
+    "no-run": (nothing, ("tmp",), ("tmp", "neither a run folder", "runs that are here: out, two")),
+    "too-long": (nothing, ("x" * 300,), ("xxx", "cannot be a path")),
+    "adapter-of-one": (nothing, ("out/adapters/default", "--adapter", "a"), ("--adapter a", "leave it out")),
     "a-file": (nothing, ("data.jsonl",), ("data.jsonl", "neither a run folder")),
     "unfinished": (in_run(unfinish), ("out",), ("out", "'default' is not finished")),
     "one-of-two": (nothing, ("two",), ("two", "--adapter", "a, b")),

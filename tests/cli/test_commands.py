@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,8 +149,9 @@ def test_train_says_what_it_does(trained: Trained) -> None:
     assert "default" in trained.ran.out
     assert str(Path("run/adapters/default")) in trained.ran.out
     assert "run/metrics.jsonl" in trained.ran.out
-    losses = [f"{line['loss']:.4f}" for line in metrics_of(trained.run)[1:]]
-    assert f"{losses[0]} -> {losses[-1]}" in trained.ran.out
+    losses = [line["loss"] for line in metrics_of(trained.run)[1:]]
+    assert f"{sum(losses[:10]) / 10:.4f} -> {sum(losses[-10:]) / 10:.4f}" in trained.ran.out
+    assert "loss (first 10 -> last 10 steps)" in trained.ran.out
     assert f"step {STEPS}/{STEPS}" in trained.ran.err
     assert "data (default): 1 training example," in trained.ran.err
     for text in (trained.ran.out, trained.ran.err):
@@ -393,7 +395,11 @@ def test_a_model_without_chat_template_gets_a_plain_one(
     ran = forked("train", "config.yaml", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert "no chat template" in ran.err
-    assert here("chat", "run", "--prompt", "Say it").out == "first\n"
+    chat = here("chat", "run", "--prompt", "Say it")
+    assert (chat.out, chat.err) == ("first\n", ""), "what was said in training is not said at each start"
+    foreign = shutil.copytree(tmp_path / "run/adapters/default", tmp_path / "foreign")
+    (foreign / "snugtune.json").unlink()
+    assert "no chat template" in here("chat", foreign, "--prompt", "Say it").err
     assert here("export", "run", "--to", "merged").code == 0
     merged = tmp_path / "run/merged"
     assert answer(AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged), "Say it") == "first"
@@ -505,6 +511,33 @@ def test_export_merged_is_a_model_of_its_own(trained: Trained, model_folder: Pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template == CHATML
     assert answer(model, tokenizer, "Say it") == "first"
+
+
+def test_chat_takes_what_export_wrote(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever name the folder goes; with nothing beside it to compare it with, and nothing left to export."""
+    monkeypatch.chdir(tmp_path)
+    assert here("export", trained.run, "--to", "merged", "--output", "demo", "--dtype", "fp32").code == 0
+    done = here("chat", "demo", "--prompt", "Say it")
+    assert (done.code, done.out) == (0, "first\n"), done.err
+    assert_refused(here("chat", "demo", "--prompt", "Say it", "--compare"), "--compare", "does not say which model")
+    assert_refused(here("export", "demo", "--to", "merged"), "demo holds no adapter", "is a model folder already")
+
+
+def test_training_that_diverges_says_so_and_what_to_do(tmp_path: Path, model_folder: Path) -> None:
+    """It is done, with code 0: what became of it is for its reader to judge."""
+    write_lines(tmp_path / "data.jsonl", [TALK])
+    fields = taught(model_folder, data=tmp_path / "data.jsonl", output=tmp_path / "run", steps=4, optimizer={"lr": 1e9})
+    done = here("train", write_config(tmp_path / "c.yaml", **fields))
+    assert done.code == 0, done.err
+    assert re.search(r"default: training blew up: .* lower optimizer\.lr \(it is 1e\+09\)", done.err)
+
+
+def test_what_is_for_scripts_is_json_alone(tmp_path: Path) -> None:
+    """In a process of its own, where libraries print what they like while they are imported."""
+    for args in (("doctor", "--json", "--quick"), ("schema",)):
+        done = command(*args, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert isinstance(json.loads(done.out), dict)
 
 
 def test_export_has_a_place_and_a_dtype(trained: Trained, tmp_path: Path) -> None:
