@@ -83,10 +83,6 @@ A run without `jobs` has one job, named `default`.
 """
 
 COLUMNS = ("argument or option", "type", "default", "what it means")
-COMPLETION = (
-    ("`--install-completion`", "switch", "none", "let the shell you use complete commands, options and fields on Tab"),
-    ("`--show-completion`", "switch", "none", "print what that would install"),
-)
 SIMPLE_NUMBERS = {str: "text", int: "whole number", float: "number"}
 SIMPLE = SIMPLE_NUMBERS | {bool: "true or false", dict: "mapping", type(None): "null"}
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
@@ -221,7 +217,7 @@ def commands_chapter() -> Iterator[str]:
     yield "## Commands\n\n`snugtune COMMAND --help` says the same. Progress goes to stderr, results go to stdout.\n"
     assert app.registered_callback is not None and app.registered_callback.callback is not None
     yield "### `snugtune`\n"
-    yield table(COLUMNS, [*parameters(app.registered_callback.callback), *COMPLETION])
+    yield table(COLUMNS, parameters(app.registered_callback.callback))
     for path, function in walk(app, "snugtune"):
         found = list(parameters(function))
         words = [

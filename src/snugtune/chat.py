@@ -72,6 +72,12 @@ class Talk:
         self.histories = {name: [] for name in self.models}
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse a question that asks nothing, before a model is loaded. Raises `InputError`."""
+    if not prompt.strip():
+        raise InputError("--prompt: the text is empty; give a question, or leave --prompt out to chat")
+
+
 def answer_once(models: Mapping[str, Tuned], prompt: str, sampling: Sampling, console: Console) -> None:
     """Stream one answer of each model to stdout."""
     Talk(models, sampling, console).ask(prompt)

@@ -1,5 +1,6 @@
 """The `snugtune` command: thin, no logic. Everything heavy is imported by the command that needs it."""
 
+import logging
 import os
 import signal
 import sys
@@ -8,13 +9,30 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
-from snugtune import __version__, complete
+from snugtune import __version__, complete, shell, usage
 from snugtune.errors import InputError, Interrupted, SnugtuneError
 
 
 class _Group(TyperGroup):
-    """Ends a command that raised a `SnugtuneError` with its one line and its exit code; bugs keep their traceback."""
+    """Ends a command that raised a `SnugtuneError` with its one line and its exit code; bugs keep their traceback.
+
+    So ends a command line that cannot be understood.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **how: Any) -> Any:
+        shell.listen()
+        try:
+            ended = super().main(*args, standalone_mode=False, **how)
+        except TyperException as error:
+            if not usage.is_help(error):
+                typer.echo(f"error: {usage.mistake(error)}", err=True)
+            sys.exit(SnugtuneError.exit_code)
+        except SnugtuneError as error:  # of an option that does its work at once
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        sys.exit(ended or 0)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -28,7 +46,11 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune a language model in the memory you have."
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model in the memory you have.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at training data as the model will see it.")
 app.add_typer(data_app, name="data")
@@ -41,10 +63,11 @@ Overrides = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run code that comes with the model; only for sources you trust")
 ]
-Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run trained several")]
+Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run trained several", autocompletion=complete.adapters)]
 
 
 def _console() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed: it warns while peft is imported
     from snugtune.console import Console, quiet_libraries
 
     quiet_libraries()
@@ -62,6 +85,18 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=shell.install,
+            is_eager=True,
+            help="let your shell complete commands, options and fields on Tab",
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool, typer.Option("--show-completion", callback=shell.show, is_eager=True, help="print what that would install")
+    ] = False,
 ) -> None:
     pass
 
@@ -110,7 +145,7 @@ def train(config: ConfigPath, set_: Overrides = None) -> None:
 
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(help="a run folder, or a PEFT adapter folder")],
+    run: Annotated[Path, typer.Argument(help="a run folder, a PEFT adapter folder, or a model folder (as export writes it)")],
     adapter: Adapter = None,
     prompt: Annotated[str | None, typer.Option(help="answer this once and leave")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="ask the untuned base too, and show both answers")] = False,
@@ -122,10 +157,12 @@ def chat(
 ) -> None:
     """Talk to what a run trained."""
     console = _console()
-    from snugtune.chat import answer_once, converse
+    from snugtune.chat import answer_once, check_prompt, converse
     from snugtune.model.generate import Sampling
     from snugtune.tuned import load, load_untuned
 
+    if prompt is not None:
+        check_prompt(prompt)
     models = {"tuned": load(run, adapter, console.note, trust_remote_code)}
     if compare:
         models = {"base": load_untuned(models["tuned"], run, adapter, console.note, trust_remote_code)} | models
@@ -187,7 +224,7 @@ def report(
     console = _console()
     from snugtune.report import write_report
 
-    written = write_report(run, output)
+    written = write_report(run, output, console.note)
     console.say(f"written: {written}")
     if open_:
         typer.launch(str(written.resolve()))

@@ -3,7 +3,10 @@
 import json
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+import typer
 
 SCHEMA = "config.schema.json"
 FORMS = {"merged": "a transformers model folder with the adapter worked in"}
@@ -35,10 +38,32 @@ def _starting(words: tuple[str, ...], incomplete: str) -> list[str]:
     return [word for word in words if word.startswith(incomplete)]
 
 
+def adapters(context: typer.Context, incomplete: str) -> list[str]:
+    """For `--adapter`: the finished jobs of the run that stands before it on the line."""
+    words = [context.params.get("run"), *context.args]  # of a line that is not finished, not all words are taken in
+    run = next((Path(word) for word in words if word and Path(word).is_dir()), None)
+    found = [p.name for kind in ("adapters", "models") for p in run.glob(f"{kind}/*")] if run else []
+    return _starting(tuple(sorted(name for name in found if not name.startswith("."))), incomplete)
+
+
 def overrides(incomplete: str) -> Offers:
     """For `--set`: fields of the config as far as they are typed, then the values that a field can have."""
+    return fields(_schema(), incomplete)
+
+
+def place_of(name: str) -> str | None:
+    """The field `name` at the top of a config or in one of its groups, as `a.b`; None where there is none."""
+    schema = _schema()
+    groups = [
+        (f"{group}.{field}", field) for group, inner in _properties(schema, schema) for field, _ in _properties(schema, inner)
+    ]
+    tops = [(field, field) for field, _ in _properties(schema, schema)]
+    return next((place for place, field in (*tops, *groups) if field == name), None)
+
+
+def _schema() -> dict[str, Any]:
     source = files("snugtune").joinpath(SCHEMA)
-    return fields(json.loads(source.read_text(encoding="utf-8")), incomplete) if source.is_file() else []
+    return json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
 
 
 def fields(schema: dict[str, Any], incomplete: str) -> Offers:
@@ -47,7 +72,8 @@ def fields(schema: dict[str, Any], incomplete: str) -> Offers:
     *parents, leaf = path.split(".")
     places = [schema]
     for name in [*parents, leaf] if equals else parents:
-        places = [p for place in places for found, p in _properties(schema, place) if found == name]
+        known = "0" if name.isdecimal() else name
+        places = [p for place in places for found, p in _properties(schema, place) if found == known]
     if equals:
         values = dict.fromkeys(v for place in places for v in _values(schema, place))
         return [(f"{path}={v}", "") for v in values if v.startswith(begun)]
@@ -72,8 +98,12 @@ def _branches(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[dict[st
 
 
 def _properties(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The fields of a group; a list of groups has its positions, of which the first stands for all."""
     for branch in _branches(schema, place):
         yield from branch.get("properties", {}).items()
+        items = branch.get("items", {})
+        if any("properties" in inner for inner in _branches(schema, items)):
+            yield "0", {"description": "the first of the list", **items}
 
 
 def _values(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[str]:
@@ -82,5 +112,7 @@ def _values(schema: dict[str, Any], place: dict[str, Any]) -> Iterator[str]:
         yield from (str(v) for v in branch.get("enum", ()))
         yield from (str(branch[key]) for key in ("const",) if key in branch)
         yield from {"boolean": ("true", "false"), "null": ("null",)}.get(str(branch.get("type")), ())
+        if "items" in branch:
+            yield from _values(schema, branch["items"])
         if "type" in branch.get("properties", {}):
             yield from _values(schema, branch["properties"]["type"])

@@ -1,14 +1,16 @@
 """The run's config: aggregates the components' own configs, reads YAML, applies overrides, explains mistakes."""
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from snugtune.config_errors import ConfigError, explain
+from snugtune.config_yaml import parse_yaml, read_yaml
 from snugtune.data.forms import half_character
 from snugtune.data.mix import ConcatConfig, InterleaveConfig
 from snugtune.data.sources import SourceConfig
@@ -21,8 +23,7 @@ from snugtune.optim import AdamWConfig, ConstantConfig, OptimizerConfig, Schedul
 from snugtune.schema import Config
 
 DEFAULT_JOB = "default"
-MOST_FIELDS = 1000
-"""More than any mapping of a config has."""
+_NAMES = "letters, digits, '.', '_' and '-', at most 64, the first a letter or a digit"
 
 _SOURCES = ("data", "validation")
 """Fields whose short form is a path; that of the others is a type."""
@@ -31,18 +32,23 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 def _as_sources(value: Any) -> Any:
-    """A path, a mapping, or a list of either: always a list of mappings."""
-    items = value if isinstance(value, (list, tuple)) else [value]
+    """A path, a mapping, a list of either, or nothing: always a list of mappings."""
+    items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
-def _typed(default: str) -> Any:
-    """Let a union's `type` be left out where a default exists, and be the whole value (`schedule: cosine`)."""
+def _typed(default: str, **also: str) -> Any:
+    """Let a union's `type` be left out where a default exists, and be the whole value (`schedule: cosine`).
+
+    `also`: other names of a type -> its own.
+    """
 
     def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return {"type": value}
-        return {"type": default, **value} if isinstance(value, dict) else value
+        fields = {"type": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict):
+            return value
+        kind = fields.get("type", default)
+        return {**fields, "type": also.get(kind, kind) if isinstance(kind, str) else kind}
 
     return BeforeValidator(fill)
 
@@ -91,6 +97,8 @@ class JobFields(Config):
         "learning_rate": "optimizer.lr",
         "weight_decay": "optimizer.weight_decay",
         "warmup": "schedule.warmup",
+        "lr_scheduler_type": "schedule.type",
+        "optim": "optimizer.type",
         "neftune_alpha": "neftune_noise_alpha",
         "label_smoothing": "objective.label_smoothing",
         "label_smoothing_factor": "objective.label_smoothing",
@@ -98,16 +106,32 @@ class JobFields(Config):
         "load_best_model_at_end": "keep_best",
         "early_stopping_patience": "early_stopping",
         "warmup_ratio": "schedule.warmup",
+        "lora": "method.type",
         "lora_r": "method.r",
+        "rank": "method.r",
         "lora_alpha": "method.lora_alpha",
         "target_modules": "method.target_modules",
         "dtype": "plan.weights",
+        "bf16": "plan.weights",
+        "fp16": "plan.weights",
         "micro_batch": "plan.micro_batch",
+        "per_device_train_batch_size": "batch_size",
+        "gradient_accumulation_steps": "batch_size",
         "gradient_checkpointing": "plan.recompute",
         "num_train_epochs": "epochs",
         "max_steps": "steps",
         "output_dir": "output",
         "dataset": "data",
+        "train": "data",
+        "train_file": "data",
+        "val": "validation",
+        "val_split": "validation",
+        "val_set_size": "validation",
+        "eval_steps": "eval_every",
+        "save_steps": "checkpoint_every",
+        "save_total_limit": "keep_checkpoints",
+        "report_to": "tracking",
+        "model_name_or_path": "model",
     }
 
     data: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(
@@ -141,7 +165,7 @@ class JobFields(Config):
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the job's gradient to this norm; null: never")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seeds the order, the split, the initial adapter and dropout")
     optimizer: Annotated[OptimizerConfig, _typed("adamw")] = Field(default=AdamWConfig(), description="the optimizer")
-    schedule: Annotated[ScheduleConfig, _typed("constant")] = Field(
+    schedule: Annotated[ScheduleConfig, _typed("constant", constant_with_cooldown="wsd")] = Field(
         default=ConstantConfig(), description="the learning rate over time"
     )
 
@@ -154,21 +178,21 @@ class JobFields(Config):
             raise ValueError("weight: only counts where sources are interleaved")
         if value == "":
             raise ValueError("an empty path; give a fraction, the path of a file, or nothing")
+        if isinstance(value, str) and value.endswith("%"):
+            raise ValueError(f"'{value}' is no path; write 10% as 0.1")
         return value
 
     @model_validator(mode="after")
     def _one_length(self) -> "JobFields":
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("give epochs or steps, not both")
+            raise ValueError("give epochs or steps, not both (set one to null)")
         return self
 
 
 class JobConfig(JobFields):
     """One job, complete."""
 
-    name: str = Field(
-        default=DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, '.', '_', '-'"
-    )
+    name: str = Field(default=DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description=_NAMES)
 
     @model_validator(mode="after")
     def _weights_count(self) -> "JobConfig":
@@ -273,14 +297,15 @@ class RunConfig(JobFields):
             try:
                 return (JobConfig(**shared),)
             except ValidationError as error:
-                raise ValueError(_first_message(error)) from error
+                raise ValueError("; ".join(explain(error, JobConfig))) from error
         plain = {k: v for k, v in self.model_dump(mode="json").items() if k in JobFields.model_fields}
         resolved = []
         for index, own in enumerate(self.jobs):
             try:
                 resolved.append(JobConfig.model_validate(_overlay(plain, own)))
             except ValidationError as error:
-                raise ValueError(f"jobs.{index}: {_first_message(error)}") from error
+                problems = explain(error, JobConfig, RunConfig)
+                raise ValueError("; ".join(f"jobs.{index}: {problem}" for problem in problems)) from error
         return tuple(resolved)
 
     def to_yaml(self) -> str:
@@ -303,63 +328,39 @@ def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without three surprises: `1e-4` is a number, a date is the text it was written as, no field comes twice."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class declares it)
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    problem = f"'{key.value}' is given twice (first in line {seen[key.value]})"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen[key.value] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_FIELDS:  # merges of merges grow without bounds
-            raise yaml.constructor.ConstructorError(None, None, "too many fields merged", node.start_mark)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str) -> Any:
-    """Raises `yaml.YAMLError`."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # values that belie their tag, bombs
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
-
-
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply `a.b=value` overrides. Raises `InputError` naming file, field and fix."""
+    """Read a YAML file and apply `a.b=value` overrides. Raises `InputError` naming file or override, field and fix."""
     path = Path(path)
-    try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no config file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected fields like 'model: ...', found {type(raw).__name__}")
+    raw = read_yaml(path)
+    stages = [(str(path), deepcopy(raw))]
     for override in overrides:
         _apply(raw, override)
-    return to_config(raw, str(path))
+        stages.append((f"--set {override}", deepcopy(raw)))
+    try:
+        return to_config(raw, str(path))
+    except ConfigError as error:
+        raise InputError(_blamed(stages, error.problems)) from error
+
+
+def _blamed(stages: Sequence[tuple[str, Mapping[str, Any]]], problems: Sequence[str]) -> str:
+    """The problems, each with the file or the override that brought it: the first from which on it is there.
+
+    `stages`: the file's fields, then the fields after each override.
+    """
+    said: dict[str, list[str]] = {}
+    known = [(origin, _problems(raw)) for origin, raw in stages]
+    for problem in problems:
+        since = next(i for i in range(len(known)) if all(problem in found for _, found in known[i:]))
+        said.setdefault(known[since][0], []).append(problem)
+    return "; ".join(f"{origin}: {'; '.join(found)}" for origin, found in said.items())
+
+
+def _problems(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        to_config(raw)
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def to_config(raw: RunConfig | Mapping[str, Any], origin: str = "config") -> RunConfig:
@@ -367,13 +368,13 @@ def to_config(raw: RunConfig | Mapping[str, Any], origin: str = "config") -> Run
     half = half_character(raw.model_dump() if isinstance(raw, RunConfig) else raw)
     if half is not None:
         where = ".".join(map(str, half)) or "a field's name"
-        raise InputError(f"{origin}: {where}: half a character (a lone surrogate) is no text; write it whole, in UTF-8")
+        raise ConfigError(origin, [f"{where}: half a character (a lone surrogate) is no text; write it whole, in UTF-8"])
     if isinstance(raw, RunConfig):
         return raw
     try:
         return RunConfig.model_validate(dict(raw))
     except ValidationError as error:
-        raise InputError(f"{origin}: {_all_messages(error)}") from error
+        raise ConfigError(origin, explain(error, RunConfig)) from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -382,13 +383,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not path.strip():
         raise InputError(f"--set {override}: expected field=value, for example --set optimizer.lr=1e-4")
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not valid YAML") from error
-    *parents, leaf = path.strip().split(".")
+    *parents, leaf = (name.strip() for name in path.split("."))
+    if not all((*parents, leaf)):
+        raise InputError(f"--set {override}: a name is empty; write field=value or group.field=value")
     place: Any = raw
-    for key in parents:
-        place = _child(place, key, override)
+    for key, below in pairwise([*parents, leaf]):
+        place = _child(place, key, below, override)
     if isinstance(place, list):
         place[_index(place, leaf, override)] = value
     elif isinstance(place, dict):
@@ -397,13 +400,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: '{'.'.join(parents)}' is not a group of fields")
 
 
-def _child(place: Any, key: str, override: str) -> Any:
+def _child(place: Any, key: str, below: str, override: str) -> Any:
+    """What stands at `key`, made ready for a field or position `below`."""
     if isinstance(place, list):
         return place[_index(place, key, override)]
     if not isinstance(place, dict):
         raise InputError(f"--set {override}: '{key}' is not inside a group of fields")
     inner = place.get(key)
-    if inner is None:
+    if key == "data" and below.isdecimal() and isinstance(inner, (str, dict)):
+        inner = place[key] = list(_as_sources(inner))  # one source is a list of one
+    elif inner is None and below.isdecimal():
+        raise InputError(
+            f"--set {override}: '{key}' is no list, so it has no position {below}; give it whole: --set '{key}=[...]'"
+        )
+    elif inner is None:
         inner = place[key] = {}
     elif isinstance(inner, str):
         inner = place[key] = {"path" if key in _SOURCES else "type": inner}  # `schedule: cosine`, --set schedule.warmup=0.1
@@ -414,33 +424,3 @@ def _index(place: list[Any], key: str, override: str) -> int:
     if not (key.isascii() and key.isdigit()) or int(key) >= len(place):
         raise InputError(f"--set {override}: '{key}' is not one of the list's {len(place)} positions (from 0)")
     return int(key)
-
-
-def _all_messages(error: ValidationError) -> str:
-    return "; ".join(_message(e) for e in error.errors())
-
-
-def _first_message(error: ValidationError) -> str:
-    return _message(error.errors()[0])
-
-
-_BRANCHES = {
-    *("float", "str", "int", "plain", "source", "lora", "full", "freeze", "sft", "clm"),
-    *("constant", "linear", "cosine", "wsd", "concat", "interleave", "adamw", "sgd", "lion", "adafactor"),
-}
-"""What pydantic puts in a location for the branch of a union, where a person sees a field only."""
-
-
-def _message(error: Any) -> str:
-    """One validation error in a person's words: where, what, and what was given."""
-    where = ".".join(str(p) for p in error["loc"] if str(p) not in _BRANCHES and not str(p).startswith("literal["))
-    text = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "union_tag_invalid":
-        wanted = str(error["ctx"]["expected_tags"])
-        near = difflib.get_close_matches(str(error["ctx"]["tag"]), wanted.replace("'", "").split(", "), n=1)
-        text = f"unknown type '{error['ctx']['tag']}'; {f'did you mean {near[0]!r}? ' if near else ''}valid types: {wanted}"
-    elif error["type"] == "missing":
-        text = "required, but not given"
-    elif error["type"] not in ("value_error", "unknown_field", "no_switch") and not isinstance(error["input"], (dict, list)):
-        text = f"{text[0].lower()}{text[1:]} (got {error['input']!r})"
-    return f"{where}: {text}" if where else text

@@ -16,7 +16,7 @@ from rich.text import Text
 from snugtune.errors import InputError
 from snugtune.run import RunResult
 from snugtune.training.job import Job
-from snugtune.training.metrics import StepMetrics
+from snugtune.training.metrics import StepMetrics, mean_ends, steps_of_mean
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: a line at least this often, and at each evaluation."""
@@ -61,7 +61,8 @@ class Console:
         self._progress: Progress | None = None
         self._layout = Layout(0, False, 0)
         self._tasks: dict[str, TaskID] = {}
-        self._lines: dict[str, float] = {}  # when each job last had a plain line
+        self._told = -PLAIN_SECONDS  # when plain lines were last due
+        self._due: set[str] = set()  # jobs that still wait for theirs
         self._began: dict[str, tuple[float, int]] = {}  # when each job began here, and after which step
 
     def note(self, text: str) -> None:
@@ -69,6 +70,15 @@ class Console:
 
     def say(self, text: str = "", style: str = "") -> None:
         self.out.print(Text(text, style=style), soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """A table on stdout; without a terminal its lines end where their text does."""
+        if self.out.is_terminal:
+            self.out.print(table)
+            return
+        with self.out.capture() as captured:
+            self.out.print(table)
+        self.raw("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def raw(self, text: str) -> None:
         """Text for pipes, and pieces of an answer as they come: no colour, no wrapping, no line end of its own."""
@@ -82,7 +92,8 @@ class Console:
 
     def ask(self, question: str, default: str = "") -> str:
         """Ask a person, on stderr; an empty answer is the default. Raises `InputError` where the input has ended."""
-        self.err.print(Text.assemble(f"{question} ", (f"[{default}] " if default else "", "dim")), end="", soft_wrap=True)
+        end = " " if question.endswith("?") and not default else ": "
+        self.err.print(Text.assemble(question, (f" [{default}]" if default else "", "dim"), end), end="", soft_wrap=True)
         try:
             return input().strip() or default
         except EOFError as error:
@@ -133,10 +144,14 @@ class Console:
             self.note(f"{metrics.job}: step {metrics.step}/{metrics.total_steps}  {told}")
 
     def _line_due(self, metrics: StepMetrics) -> bool:
-        """Whether a job's last plain line is old enough, or this is its last step."""
-        due = time.monotonic() - self._lines.get(metrics.job, 0.0) > PLAIN_SECONDS or metrics.step == metrics.total_steps
-        if due:
-            self._lines[metrics.job] = time.monotonic()
+        """Whether the jobs' last plain lines are old enough and this one has had none since, or this is its last step.
+
+        One clock for all jobs: with one each, steps of nearly that length would give some jobs twice the lines of others.
+        """
+        if time.monotonic() - self._told > PLAIN_SECONDS:
+            self._told, self._due = time.monotonic(), set(self._began)
+        due = metrics.job in self._due or metrics.step == metrics.total_steps
+        self._due.discard(metrics.job)
         return due
 
     def _left(self, metrics: StepMetrics) -> float:
@@ -151,15 +166,21 @@ class Console:
 
     def results(self, result: RunResult) -> None:
         """A table of the jobs and where everything lies."""
+        lines = {job: [m for m in result.metrics if m["job"] == job] for job in result.artefacts}
+        losses = {job: [m["loss"] for m in lines[job] if "loss" in m] for job in lines}
+        count = steps_of_mean(min(map(len, losses.values()), default=0))
         table = Table(box=None, pad_edge=False)
         table.add_column("job", overflow="fold")
-        for column in ("steps", "loss", "held-out loss"):
+        for column in (
+            "steps",
+            f"loss (first {count} -> last {count} steps)" if count > 1 else "loss (first -> last step)",
+            "held-out loss",
+        ):
             table.add_column(column)
         for job in result.artefacts:
-            lines = [m for m in result.metrics if m["job"] == job]
-            losses = [m["loss"] for m in lines if "loss" in m]
-            table.add_row(job, str(lines[-1]["step"]), arrow(losses), arrow(result.held_out.get(job, ())))
-        self.out.print(table)
+            held = arrow(result.held_out.get(job, ()))
+            table.add_row(job, str(lines[job][-1]["step"]), arrow(mean_ends(losses[job], count)), held)
+        self.table(table)
         peak = f"; peak memory {gib(result.peak_bytes)}" if result.peak_bytes else ""
         took = f"trained in {result.seconds:.0f} s{peak}; " if not result.already_finished else ""
         self.say(f"{took}metrics in {result.folder / 'metrics.jsonl'}")

@@ -149,10 +149,10 @@ def run_doctor(console: Console, as_json: bool = False, quick: bool = False) -> 
         console.note("multiplying matrices in every number format; a few seconds")
     begun = time.monotonic()
     report = examine(quick)
-    console.out.print(_facts(report))
+    console.table(_facts(report))
     if report.formats:
         console.say()
-        console.out.print(_formats(report))
+        console.table(_formats(report))
         console.note(f"took {time.monotonic() - begun:.0f} s")
 
 

@@ -113,6 +113,15 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
 
 
+def check_can_make(folder: Path) -> None:
+    """See whether a folder that is not there could be made: before hours of work, not after. Raises `StorageError`."""
+    above = next(p for p in folder.absolute().parents if p.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=above, prefix=_UNFINISHED))
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
+
+
 @contextmanager
 def claimed(folder: Path, wait: bool = False) -> Iterator[None]:
     """Nobody else may write in `folder` inside the block; the claim ends with the process, however that ends.
@@ -159,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `InputError` naming it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")

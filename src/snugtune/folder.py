@@ -1,6 +1,5 @@
 """The layout of a run's output folder, and what it says about its state."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.config import JobConfig, RunConfig, read_config
+from snugtune.config_yaml import read_yaml
 from snugtune.errors import InputError
-from snugtune.files import is_leftover, read_json, write_whole
-from snugtune.memory.plan import Planned
+from snugtune.files import is_leftover, read_json, user_path, write_whole
+from snugtune.memory.plan import Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.lora import CONFIG_FILE
+
+MODEL_FILE = "config.json"
+"""What makes a folder one of a transformers model."""
+MOST_CHANGES = 3
+"""Differences from the config of a run that are named."""
+RUNS_NAMED = 8
+"""Runs that a message names; there may be hundreds."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +81,23 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise InputError(f"output: {path} is not empty and holds no run; give a new folder")
-        before, now = self._config_before(), config.to_yaml()
-        if before != now:
-            diff = difflib.unified_diff(before.splitlines(), now.splitlines(), n=0, lineterm="")
-            changes = [d for d in diff if not d.startswith(("---", "+++", "@@"))]
-            raise InputError(f"output: {path} holds a run of another config; give a new folder or undo: {' | '.join(changes)}")
+        changes = _changes(self._config_before(), _flat(config.model_dump(mode="json")))
+        if changes:
+            make_plan(config)  # a device or a pin that cannot be had is the mistake to tell first
+            more = f" and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
+            undo = ", ".join(changes[:MOST_CHANGES]) + more
+            raise InputError(f"output: {path} holds a run of another config; give a new folder or undo: {undo}")
 
-    def _config_before(self) -> str:
+    def _config_before(self) -> dict[str, Any]:
         """The run's config as this version writes it: fields that are new since then have their defaults."""
         try:
-            return read_config(self.config).to_yaml()
+            return _flat(read_config(self.config).model_dump(mode="json"))
         except InputError:
             pass  # of an older version, or changed by hand: compared as it stands
         try:
-            return self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"output: {self.config} cannot be read: {error}; give a new folder") from error
+            return _flat(read_yaml(self.config))
+        except InputError as error:
+            raise InputError(f"output: the config of the run there is damaged: {error}; give a new folder") from error
 
     def read_plan(self) -> dict[str, Any]:
         """`plan.json`, empty when there is none yet."""
@@ -101,11 +109,49 @@ class RunFolder:
         write_whole(self.plan, json.dumps(content, indent=2) + "\n")
 
 
+def _flat(fields: Any, name: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names: {"optimizer.lr": 1e-4}. Of a list those of its items; one of plain values is whole."""
+    items = list(fields.items()) if isinstance(fields, dict) else list(enumerate(fields)) if isinstance(fields, list) else []
+    if not items or (isinstance(fields, list) and not any(isinstance(item, (dict, list)) for item in fields)):
+        return {name: fields}
+    return {k: v for key, inner in items for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`optimizer.lr: 0.0002 -> 0.0001` for each field that differs; of a group of another type, that type alone."""
+    differ = [
+        name for name in dict.fromkeys((*before, *now)) if name not in before or name not in now or before[name] != now[name]
+    ]
+    types = [name.removesuffix("type") for name in differ if name.endswith(".type")]
+    told = [name for name in differ if name.endswith(".type") or not name.startswith(tuple(types))]
+    return [f"{name}: {_shown(before, name)} -> {_shown(now, name)}" for name in told]
+
+
+def _shown(fields: dict[str, Any], name: str) -> str:
+    value = fields.get(name)
+    return "nothing" if value is None else value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def runs_near(path: Path) -> str:
+    """The runs that somebody who wrote `path` may have meant, in words: those in it, beside it, in `runs/` and here."""
+    places = (path, path.parent, Path("runs"), Path())
+    found = sorted({str(run.parent) for place in places for run in place.glob("*/config.yaml") if _is_run(run.parent)})
+    if not found:
+        return "no run is here or in runs/; give the 'output' of one"
+    more = f" and {len(found) - RUNS_NAMED} more" if len(found) > RUNS_NAMED else ""
+    return f"runs that are here: {', '.join(found[:RUNS_NAMED])}{more}"
+
+
+def _is_run(path: Path) -> bool:
+    return RunFolder(path).plan.is_file() or RunFolder(path).metrics.is_file()
+
+
 @dataclass(frozen=True)
 class Located:
-    """What a run or adapter folder refers to: a model, and the adapter on it (None: the model itself was tuned).
+    """What a run, adapter or model folder refers to: a model, and the adapter on it (None: the model itself was tuned).
 
-    `origin`: the model that was tuned; `remote_code`: the run was trained with code that came with it.
+    `origin`: the model that was tuned (the same one where that is not known); `remote_code`: the run was trained with code
+    that came with it.
     """
 
     model: str
@@ -120,14 +166,30 @@ class Located:
 
 
 def locate(path: Path, adapter: str | None = None) -> Located:
-    """Find what `path` (a run or PEFT adapter folder) holds; `adapter` picks a job of several. Raises `InputError`."""
-    if (path / CONFIG_FILE).is_file():
-        name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
-        if not isinstance(name, str) or not name:
-            raise InputError(f"{path / CONFIG_FILE}: names no base model")
-        return Located(name, path, name)
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{path} is neither a run folder (no config.yaml) nor an adapter folder (no {CONFIG_FILE})")
+    """Find what `path` (a run, PEFT adapter or model folder) holds; `adapter` picks a job of several. Raises `InputError`."""
+    path = user_path(str(path), "RUN")
+    if not path.exists():
+        raise InputError(f"there is no {path}; {runs_near(path)}")
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; give a run's folder (the 'output' of its config) or an adapter's")
+    is_run, is_adapter, is_model = ((path / name).is_file() for name in ("config.yaml", CONFIG_FILE, MODEL_FILE))
+    if is_run and not is_adapter:
+        return _in_run(path, adapter)
+    if not is_adapter and not is_model:
+        lacks = f"neither a run folder (no config.yaml) nor an adapter or model folder (no {CONFIG_FILE}, no {MODEL_FILE})"
+        raise InputError(f"{path} is {lacks}; {runs_near(path)}")
+    if adapter is not None:
+        raise InputError(f"--adapter {adapter}: {path} is no run with several adapters; leave it out")
+    if not is_adapter:
+        model = str(path.absolute())  # 'demo' alone would be another model
+        return Located(model, None, model)
+    name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path / CONFIG_FILE}: names no base model")
+    return Located(name, path, name)
+
+
+def _in_run(path: Path, adapter: str | None) -> Located:
     config, folder = read_config(path / "config.yaml"), RunFolder(path)
     jobs = {job.name: job for job in config.resolved_jobs()}
     if adapter is None and len(jobs) > 1:

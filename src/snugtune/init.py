@@ -1,25 +1,34 @@
 """`snugtune init`: a config of one's own, by asking or by flags, with every field explained where it stands."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
 from snugtune.complete import SCHEMA
 from snugtune.config import RunConfig, to_config
 from snugtune.console import Console
-from snugtune.data.sources import SourceConfig
+from snugtune.data.forms import Document
+from snugtune.data.records import kind
+from snugtune.data.sources import SourceConfig, look, on_disk
 from snugtune.errors import InputError
 from snugtune.files import make_folder, write_whole
 from snugtune.schema import Config
+from snugtune.words import counted
 
 WIDTH = 118
 FIRST = ("model", "data", "output", "objective", "method")
 """The fields that stand first in a written config."""
 HOW_TO_READ = "What begins with # directly before a name is a default: take the # away to change it."
+
+LOOKED_AT = 100
+"""Records of each source that are opened."""
+
+Objective = Literal["sft", "clm"]
 
 Answer = Callable[[str, str], str]
 """Asks a person: question, and the answer that stands if nothing is said."""
@@ -36,8 +45,9 @@ def write_config(path: Path, given: Mapping[str, Any], ask: Answer | None, force
         raise InputError(f"{path} exists already; give another path, or --force to replace it")
     fields = {name: value for name, value in given.items() if value is not None}
     if ask is not None:
-        _interview(fields, ask, console)
-    _fill(fields)
+        _interview(fields, path, ask, console)
+    found = look_at([str(source) for source in fields.get("data") or ()], console) if ask is None else None
+    _fill(fields, path, found)
     text = render(to_config(fields, "init"), fields)
     make_folder(path.parent)
     write_whole(path, text)
@@ -48,8 +58,9 @@ def write_config(path: Path, given: Mapping[str, Any], ask: Answer | None, force
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def _interview(fields: dict[str, Any], ask: Answer, console: Console) -> None:
-    """Ask for what is not given yet. An answer that the config refuses is asked for again."""
+def _interview(fields: dict[str, Any], path: Path, ask: Answer, console: Console) -> None:
+    """Ask for what is not given yet. An answer that the config refuses, or data that cannot be read, is asked for again."""
+    found = look_at(fields["data"], console) if fields.get("data") else None
     for name, default, question in (
         ("model", "demo", "Which model? A hub id, a folder, a .gguf file, or 'demo'"),
         ("data", "", "Which data? A file, a folder, or a dataset's id on the hub"),
@@ -59,10 +70,12 @@ def _interview(fields: dict[str, Any], ask: Answer, console: Console) -> None:
         ("output", "", "Where do the results go?"),
     ):
         while name not in fields:
-            answer = ask(question, default or _likely(name, fields))
+            answer = ask(question, default or _likely(name, path, found))
             value = [answer] if name == "data" else answer
             try:
                 _check(name, value)
+                if name == "data":
+                    found = _opened(answer, console)
             except InputError as error:
                 console.error(str(error))
             else:
@@ -74,23 +87,49 @@ def _check(name: str, value: Any) -> None:
     to_config({"model": "any", "data": "any", "output": "any"} | _spelt_out({name: value}), "that will not do")
 
 
-def _likely(name: str, fields: Mapping[str, Any]) -> str:
-    """A default that follows from earlier answers."""
-    data = str((fields.get("data") or [""])[0])
-    if name == "objective":
-        return "clm" if data.removesuffix(".gz").endswith(".txt") else "sft"
-    if name == "output":
-        return f"runs/{Path(data).name.partition('.')[0] or 'first'}"
-    return ""
+def _likely(name: str, path: Path, found: Objective | None) -> str:
+    """A default that follows from what is known: the objective from the data, the output from the config's own name."""
+    return {"objective": found or "sft", "output": f"runs/{path.name.partition('.')[0] or 'first'}"}.get(name, "")
 
 
-def _fill(fields: dict[str, Any]) -> None:
-    """What `train` needs and nobody said: the demo's model, a folder named after the data. Data there must be."""
+def look_at(data: Sequence[str], console: Console) -> Objective | None:
+    """Say what the data is, or what is wrong with it; what it can teach, if that is known."""
+    found: list[Objective | None] = []
+    for path in filter(None, data):  # an empty one is refused as the config's own mistake
+        try:
+            found.append(_opened(path, console))
+        except InputError as error:
+            console.note(f"{error}; the config names it all the same")
+            found.append("clm" if kind(Path(path)) == ".txt" else None)
+    return next(filter(None, found), None)
+
+
+def _opened(path: str, console: Console) -> Objective | None:
+    """What the first records of a source are, and what can be learned from them. Raises `InputError`."""
+    source = SourceConfig(path=path)
+    if not on_disk(source):
+        console.note(f"data: {path}: a dataset of the hub, looked at when it is trained")
+        return None
+    items, drops = look(source, LOOKED_AT)
+    for line in drops.lines():
+        console.note(f"data: {path}: {line}")
+    kinds = Counter(type(item) for item in items)
+    if not kinds:
+        if not drops.counts:
+            raise InputError(f"data: {path}: it holds no records")
+        return None
+    told = ", ".join(counted(count, f"{type_.__name__.lower()}s") for type_, count in kinds.most_common())
+    console.note(f"data: {path}: {told} among its first records")
+    return "clm" if kinds.most_common(1)[0][0] is Document else "sft"
+
+
+def _fill(fields: dict[str, Any], path: Path, found: Objective | None) -> None:
+    """What `train` needs and nobody said: the demo's model, a folder named after the config. Data there must be."""
     if not fields.get("data"):
         raise InputError("data: nothing to train on; give --data with a file, a folder, or a dataset's id on the hub")
     fields.setdefault("model", "demo")
-    fields.setdefault("output", _likely("output", fields))
-    if "objective" not in fields and _likely("objective", fields) == "clm":
+    fields.setdefault("output", _likely("output", path, found))
+    if "objective" not in fields and found == "clm":
         fields["objective"] = "clm"
     fields.update(_spelt_out(fields))
 

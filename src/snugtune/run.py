@@ -14,7 +14,7 @@ import torch
 
 from snugtune.config import JobConfig, RunConfig
 from snugtune.errors import DivergedError, InputError, Interrupted
-from snugtune.files import claimed, make_folder, remove_leftovers, user_path, write_whole
+from snugtune.files import check_can_make, claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
@@ -26,9 +26,10 @@ from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
-from snugtune.training.job import Job, start_job
+from snugtune.training.job import Job, length_remark, start_job
 from snugtune.training.metrics import StepMetrics, held_out_course, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
+from snugtune.training.verdict import warning
 
 
 class Observer(Protocol):
@@ -85,7 +86,9 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     check_tracking(config.tracking)
     with stop_flag(observer.note) as stop, ExitStack() as claims:
         fresh = not folder.path.is_dir()
-        if not fresh:
+        if fresh:
+            check_can_make(folder.path)
+        else:
             claims.enter_context(claimed(folder.path))
             remove_leftovers(folder.path)
         session = prepare(config, observer, stop)
@@ -113,6 +116,8 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             seconds = time.perf_counter() - started
             observer.end()
             logs.close()
+        for text in _warnings(session):
+            observer.note(text)
         if failures := [job.failure for job in session.ended if job.failure]:
             session.save()
             raise DivergedError("; ".join(failures))
@@ -171,6 +176,8 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
         for remark in data.remarks:
             observer.note(f"data ({job_config.name}): {remark}")
         job = start_job(base, job_config, data, planned.plan)
+        if remark := length_remark(base, job_config, data):
+            observer.note(f"data ({job.name}): {remark}")
         before = {} if checkpoint is None else checkpoint.jobs.get(job.name, {})
         if before.get("ended"):
             job.step, job.failure = before["step"], before["failure"]
@@ -214,6 +221,14 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
             session.save()
         session.pending = trainer.step()
         session.step += 1
+
+
+def _warnings(session: Session) -> list[str]:
+    """What speaks against the results of the jobs that have ended."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in read_metrics(session.folder.metrics):
+        lines.setdefault(line["job"], []).append(line)
+    return [text for job in session.ended if (text := warning(job, lines.get(job.name, [])))]
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -12,6 +12,7 @@ from snugtune.training.checkpoint import load_best, save_best, save_checkpoint
 from snugtune.training.job import Job
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
+from snugtune.words import counted
 
 AUTO_CHECKPOINTS = 10
 """Checkpoints in a run that does not say how often."""
@@ -127,9 +128,10 @@ def _card(session: Session, job: Job) -> str:
     """A model card: where this comes from and how to load it."""
     c, base = job.config, session.trainer.base
     library = "peft" if c.method.type == "lora" else "transformers"
+    steps = f"{counted(job.step, 'steps')} of {counted(c.batch_size, 'examples')}"
     about = (
-        f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {job.step} steps of {c.batch_size} examples, "
-        f"{len(job.data.train)} training examples, seed {c.seed}."
+        f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {steps}, "
+        f"{counted(len(job.data.train), 'training examples')}, seed {c.seed}."
     )
     if c.keep_best and job.best is not None:
         about += f" The weights are those of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}."

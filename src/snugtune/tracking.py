@@ -185,12 +185,17 @@ def _first_line(error: Exception) -> str:
 
 def _tensorboard(opening: Opening) -> Opened:
     from accelerate.tracking import TensorBoardTracker
+    from torch.utils.tensorboard.summary import hparams
 
     logs = opening.folder / "tensorboard"
     tracker = TensorBoardTracker(opening.job or "", logs)
     tracker.start()
-    if opening.key is None:
-        tracker.store_init_configuration(dict(opening.hyperparameters))
+    writer = tracker.tracker.file_writer
+    if (
+        opening.key is None and writer is not None
+    ):  # not store_init_configuration: it would give them a folder, and with it an empty run, of their own
+        for summary in hparams(dict(opening.hyperparameters), {}):
+            writer.add_summary(summary)
     return Opened(tracker, f"tensorboard --logdir {logs}", tracker.finish, "here")
 
 

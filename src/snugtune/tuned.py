@@ -61,18 +61,22 @@ def _messages(conversation: Conversation) -> tuple[Message, ...]:
 
 
 def load(path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False) -> Tuned:
-    """Load a run folder (`adapter` picks a job) or a PEFT adapter folder. Raises `InputError`."""
+    """Load a run folder (`adapter` picks a job), a PEFT adapter folder, or a model folder. Raises `InputError`.
+
+    What is peculiar about the base was said when a run trained on it: `say` hears it again only of what comes from elsewhere.
+    """
     found = locate(path, adapter)
     found.check_trust(trust_remote_code)
     base = load_base(find_model(found.model, say), plan_for_answers(), trust_remote_code)
-    for note in base.notes:
-        say(f"model: {note}")
     job = None
     if found.adapter is not None:
         job = found.adapter.name
         Lora().load(base, job, found.adapter)
-        if not is_stamped(found.adapter):
-            say(UNSTAMPED)
+    trained_here = found.origin != found.model if found.adapter is None else is_stamped(found.adapter)
+    for note in () if trained_here else base.notes:
+        say(f"model: {note}")
+    if found.adapter is not None and not trained_here:
+        say(UNSTAMPED)
     return Tuned(base, job, Renderer(base.tokenizer))
 
 
@@ -81,6 +85,8 @@ def load_untuned(tuned: Tuned, path: Path, adapter: str | None = None, say: Say 
     if tuned.job is not None:
         return replace(tuned, job=None)
     found = locate(path, adapter)
+    if found.origin == found.model:
+        raise InputError(f"--compare: {path} does not say which model it came from; compare in the run that made it")
     found.check_trust(trust_remote_code)
     say(f"model: two in memory, the tuned one and '{found.origin}'")
     base = load_base(find_model(found.origin, say), plan_for_answers(), trust_remote_code)

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, r
 HOSTILE = "</script></style><img src=http://127.0.0.1:9/x onerror=document.title='taken'><script>document.title='taken'</script>"
 BOXES = """[...document.querySelectorAll('figure .area svg')].filter(e => e.checkVisibility())
   .map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"""
+OVERVIEW = "(e => e.scrollWidth - e.clientWidth)(document.querySelector('.overview').parentElement)"
 BIG = "document.querySelector('.big .area svg')"
 TIP = "document.querySelector('.big .tip').innerText"
 
@@ -42,7 +43,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [390, 1010, 1280])
 @pytest.mark.parametrize("name", ["one", "three", "twenty", "tiny", "hostile"])
 def test_page_is_whole(shown: Browser, pages: dict[str, Path], tmp_path: Path, name: str, width: int, dark: bool) -> None:
     """No complaint, no request, nothing wider than the window, every drawing has a size, the colours are the asked ones."""
@@ -50,6 +51,7 @@ def test_page_is_whole(shown: Browser, pages: dict[str, Path], tmp_path: Path, n
     assert shown.complaints() == []
     assert shown.requests() == [pages[name].as_uri()]
     assert shown.ask("document.documentElement.scrollWidth") <= width
+    assert shown.ask(OVERVIEW) <= 0, "the overview is read without scrolling sideways"
     boxes = shown.ask(BOXES)
     assert len(boxes) >= (2 if name == "twenty" else 5)
     assert all(w >= min(250, width / 2) and h >= 100 for w, h in boxes)

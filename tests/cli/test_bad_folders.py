@@ -173,6 +173,11 @@ def test_adapters(ran: Path, what: str, case: str) -> None:
     refused(ran, what, "out/adapters/default", *args, named=named)
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_question_that_asks_nothing(ran: Path, text: str) -> None:
+    refused(ran, "chat", "out", "--prompt", text, named=("--prompt", "empty"))
+
+
 @pytest.mark.parametrize("args", [("chat", "tmp", "--prompt", "Hi"), ("export", "config.yaml", "--to", "merged")])
 def test_no_results_at_all(ran: Path, args: tuple[str, ...]) -> None:
     refused(ran, *args, named=("neither a run folder",))

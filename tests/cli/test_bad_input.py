@@ -33,13 +33,13 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "typo-in-a-group": ({"method": {"type": "lora", "lora_alhpa": 8}}, ("method", "'lora_alhpa'", "'lora_alpha'")),
     "text-for-a-number": ({"batch_size": "lots"}, ("batch_size", "'lots'")),
     "fraction-for-a-count": ({"batch_size": 2.5}, ("batch_size", "2.5")),
-    "switch-for-a-count": ({"eval_every": True}, ("eval_every", "True")),
+    "switch-for-a-count": ({"eval_every": True}, ("eval_every", "whole number", "got true")),
     "list-for-text": ({"model": ["a", "b"]}, ("model",)),
-    "zero": ({"batch_size": 0}, ("batch_size", "greater than or equal to 1", "got 0")),
-    "negative-rate": ({"optimizer": {"lr": -1e-4}}, ("optimizer.lr", "greater than 0")),
+    "zero": ({"batch_size": 0}, ("batch_size", "at least 1", "got 0")),
+    "negative-rate": ({"optimizer": {"lr": -1e-4}}, ("optimizer.lr", "above 0")),
     "endless-rate": ({"optimizer": {"lr": float("inf")}}, ("optimizer.lr", "inf")),
     "beta-above-one": ({"optimizer": {"betas": [2.0, 0.9]}}, ("optimizer.betas",)),
-    "dropout-of-everything": ({"method": {"lora_dropout": 1.0}}, ("method.lora_dropout", "less than 1")),
+    "dropout-of-everything": ({"method": {"lora_dropout": 1.0}}, ("method.lora_dropout", "below 1")),
     "everything-frozen": ({"method": "freeze"}, ("method", "everything would be frozen", "last_blocks")),
     "more-blocks-than-there-are": ({"method": {"type": "freeze", "last_blocks": 9}}, ("method.last_blocks: 9", "2 blocks")),
     "weights-of-no-name": ({"method": {"type": "freeze", "names": ["*.mpl.*"]}}, ("method.names", "'*.mpl.*'")),
@@ -55,7 +55,7 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "output-nobody-can-make": ({"output": "/proc/snugtune/run"}, ("cannot make the folder /proc/snugtune/run",)),
     "model-of-nobody": ({"model": "~nobody-by-that-name/model"}, ("model", "nobody-by-that-name")),
     "data-of-nobody": ({"data": "~nobody-by-that-name/d.jsonl"}, ("data", "nobody-by-that-name")),
-    "empty-output": ({"output": ""}, ("output", "at least 1 character")),
+    "empty-output": ({"output": ""}, ("output", "must not be empty")),
     "number-for-data": ({"data": 5}, ("data",)),
     "typo-in-data": ({"data": {"path": "data.jsonl", "fromat": "alpaca"}}, ("data.0", "'fromat'", "'format'")),
     "epochs-and-steps": ({"epochs": 1}, ("epochs or steps, not both",)),
@@ -96,11 +96,11 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "tabs": (b"model: demo\nplan:\n\tweights: fp32\n", ("config.yaml:3", "not valid YAML")),
     "unclosed-quote": (b'model: "demo\noutput: out\n', ("config.yaml:", "not valid YAML")),
     "code": (b"model: !!python/object/apply:os.getcwd []\n", ("config.yaml:1", "not valid YAML")),
-    "empty": (b"", ("config.yaml", "expected fields")),
-    "list": (b"- model: demo\n", ("config.yaml", "expected fields", "list")),
-    "text": (b"demo", ("config.yaml", "expected fields", "str")),
+    "empty": (b"", ("config.yaml", "expected fields", "found nothing")),
+    "list": (b"- model: demo\n", ("config.yaml", "expected fields", "a list")),
+    "text": (b"demo", ("config.yaml", "expected fields", "text")),
     "number-as-field": (b"1: 2\n", ("config.yaml", "'1'")),
-    "number-as-model": (b"model: 135\noutput: out\ndata: a.jsonl\n", ("config.yaml", "model", "string", "135")),
+    "number-as-model": (b"model: 135\noutput: out\ndata: a.jsonl\n", ("config.yaml", "model", "expected text", "135")),
     "not-utf-8": ("model: d\xe9mo\n".encode("latin-1"), ("config.yaml",)),
     "binary": (bytes(range(256)), ("config.yaml",)),
 }
@@ -119,7 +119,7 @@ def test_config_that_is_not_there(place: Path) -> None:
 
 
 def test_config_that_is_a_folder(place: Path) -> None:
-    refused(place, "train", "model", named=("model", "cannot be read"))
+    refused(place, "train", "model", named=("model is a model's folder", "snugtune init --model model"))
 
 
 SETS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -151,11 +151,19 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "blank": ("d.jsonl", b"\n \n", ("d.jsonl", "no records")),
     "empty-array": ("d.json", b"[]", ("d.json", "no records")),
     "csv": ("d.csv", b"question,answer\n", ("d.csv", "no records")),
-    "csv-without-known-columns": ("d.csv", b"question,answer\na,b\n", ("d.csv:2", "no known form")),
+    "csv-without-known-columns": (
+        "d.csv",
+        b"question,answer\na,b\n",
+        ("d.csv:2", "no known form", "columns: {instruction: question, output: answer}"),
+    ),
     "csv-with-a-cell-too-many": ("d.csv", b"instruction,output\na,b,c\n", ("d.csv:2", "cells")),
     "half-a-gzip": ("d.jsonl.gz", b"\x1f\x8b\x08\x00", ("d.jsonl.gz", "gzip")),
     "no-parquet": ("d.parquet", b"PAR1", ("d.parquet", "parquet")),
-    "plain-text": ("d.txt", b"Once upon a time.", ("d.txt:1", "objective sft does not learn")),
+    "plain-text": (
+        "d.txt",
+        b"Once upon a time.",
+        ("1 document,", "d.txt:1", "objective sft does not learn (set objective: clm)"),
+    ),
     "no-ending": ("d", GOOD, ("d", "ending", ".jsonl")),
     "binary": ("d.jsonl", bytes(range(256)), ("d.jsonl", "UTF-8")),
     "latin-1": ("d.jsonl", json.dumps(messages("d\xe9j\xe0", "vu"), ensure_ascii=False).encode("latin-1"), ("d.jsonl", "UTF-8")),
@@ -165,8 +173,12 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "open-array": ("d.json", b"[\n" + GOOD + b"\n", ("d.json:3", "breaks off")),
     "one-text": ("d.json", b'"hello"', ("d.json:1", "array")),
     "nested-too-deeply": ("d.jsonl", b"[" * 100_000, ("d.jsonl:1", "JSON")),
-    "numbers": ("d.jsonl", b"1\n2\n", ("d.jsonl:1", "d.jsonl:2", "not JSON objects")),
-    "unknown-form": ("d.jsonl", b'{"question": "a", "answer": "b"}\n', ("d.jsonl:1", "alpaca")),
+    "numbers": ("d.jsonl", b"1\n2\n", ("d.jsonl:1", "d.jsonl:2", "other than JSON objects")),
+    "unknown-form": (
+        "d.jsonl",
+        b'{"question": "a", "answer": "b"}\n',
+        ("d.jsonl:1", "no known form", "instruction: question, output: answer"),
+    ),
     "questions-only": ("d.jsonl", json.dumps(messages("a?")).encode(), ("d.jsonl:1", "without an answer")),
     "empty-answers": ("d.jsonl", json.dumps(messages("a?", " ")).encode(), ("d.jsonl:1", "without an answer")),
     "unknown-role": ("d.jsonl", b'{"messages": [{"role": "wizard", "content": "a"}]}', ("d.jsonl:1", "unknown role")),
@@ -205,7 +217,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "folder": ({"data": "model"}, ("data", "model/config.json:1")),
     "folder-of-nothing": ({"data": "tmp"}, ("data", "folder tmp", ".jsonl")),
     "hub-offline": ({"data": "someone/something"}, ("data", "'someone/something'", "hub")),
-    "conversations-for-clm": ({"objective": "clm"}, ("data.jsonl:1", "objective clm does not learn")),
+    "conversations-for-clm": ({"objective": "clm"}, ("data.jsonl:1", "objective clm does not learn (set objective: sft)")),
     "weight-without-turns": ({"data": {"path": "data.jsonl", "weight": 2}}, ("data.0.weight", "interleave")),
     "column-that-is-not-there": (
         {"data": {"path": "data.jsonl", "columns": {"messages": "talk"}}},
@@ -332,7 +344,9 @@ REFERENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing-gguf": ("no-such.gguf", ("no file no-such.gguf",)),
     "not-a-gguf": ("text.gguf", ("text.gguf", "not a GGUF")),
     "empty-gguf": ("empty.gguf", ("empty.gguf", "not a GGUF")),
-    "hub-offline": ("nobody/no-such-model", ("nobody/no-such-model",)),
+    "hub-offline": ("nobody/no-such-model", ("nobody/no-such-model", "HF_HUB_OFFLINE")),
+    "misspelt-demo": ("dmeo", ("'dmeo'", "HF_HUB_OFFLINE", "did you mean 'demo'?")),
+    "misspelt-folder": ("modle", ("'modle'", "did you mean 'model'?")),
     "not-even-an-id": ("what is this?", ("what is this?",)),
 }
 
@@ -344,6 +358,11 @@ def test_model_references(place: Path, case: str) -> None:
     (place / "empty.gguf").touch()
     config(place, model=model)
     refused(place, "train", "config.yaml", named=("model", *named))
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_planned(place: Path) -> None:
+    config(place, model="./no-such-model")
+    assert here("train", "config.yaml").err.count("\n") == 1
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -363,15 +382,56 @@ def test_output_that_is_something_else(place: Path, output: str, named: tuple[st
     refused(place, "train", "config.yaml", named=named)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is Linux's; nobody, not even root, can make a folder in it")
+def test_output_that_cannot_be_made_is_refused_before_anything_is_loaded(place: Path) -> None:
+    config(place, output="/proc/snugtune/out")
+    ran = here("train", "config.yaml")
+    assert_refused(ran, "cannot make the folder /proc/snugtune/out", "give another")
+    assert ran.err.count("\n") == 1, "no plan, no data, no model before it"
+
+
 def test_demo_output_that_is_a_file(place: Path) -> None:
     before = contents(place)
     assert_refused(here("demo", "--output", "data.jsonl"), "data.jsonl is a file")
     assert contents(place) == before
 
 
-def test_changed_config_is_refused_with_a_diff(ran: Path) -> None:
-    config(ran, seed=7)
-    refused(ran, "train", "config.yaml", named=("output", "out holds a run of another config", "-seed: 0", "+seed: 7"))
+CHANGED: dict[str, tuple[dict[str, Any], str]] = {
+    "one-field": ({"seed": 7}, "undo: seed: 0 -> 7"),
+    "in-a-group": ({"optimizer": {"lr": 1e-3}}, "undo: optimizer.lr: 0.0002 -> 0.001"),
+    "another-type": ({"schedule": {"type": "wsd", "warmup": 1}}, "undo: schedule.type: constant -> wsd"),
+    "another-file": ({"data": "more.jsonl"}, "undo: data.0.path: data.jsonl -> more.jsonl"),
+    "what-was-not-there": ({"validation": 0.5}, "undo: validation: nothing -> 0.5"),
+    "three": ({"seed": 7, "batch_size": 4, "steps": 9}, "undo: batch_size: 2 -> 4, steps: 3 -> 9, seed: 0 -> 7"),
+    "more": (
+        {"seed": 7, "batch_size": 4, "steps": 9, "max_seq_len": 32, "eval_every": 1},
+        "undo: max_seq_len: 64 -> 32, batch_size: 2 -> 4, steps: 3 -> 9 and 2 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_config_is_refused_with_what_changed(ran: Path, case: str) -> None:
+    fields, undo = CHANGED[case]
+    config(ran, **fields)
+    line = refused(ran, "train", "config.yaml", named=("output: out holds a run of another config; give a new folder or ",))
+    assert line.endswith(undo)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"device": "cuda"}, ("device: cuda", "no CUDA device")),
+        ({"device": "cpu", "plan": {"weights": "fp16"}}, ("plan.weights: fp16", "CPU")),
+    ],
+)
+def test_what_cannot_be_had_is_told_before_what_changed(
+    ran: Path, fields: dict[str, Any], named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new folder would not help."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config(ran, **fields)
+    refused(ran, "train", "config.yaml", named=named)
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
@@ -422,8 +482,11 @@ def nothing(place: Path) -> None:
 
 
 RESULTS_USED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]] = {
-    "missing": (nothing, ("no-such-run",), ("no-such-run", "neither a run folder")),
-    "no-run": (nothing, ("model",), ("model", "neither a run folder")),
+    "missing": (nothing, ("no-such-run",), ("there is no no-such-run", "runs that are here: out, two")),
+    "misspelt-place": (nothing, ("out/adapters/defaults",), ("there is no out/adapters/defaults", "out, two")),
+    "no-run": (nothing, ("tmp",), ("tmp", "neither a run folder", "runs that are here: out, two")),
+    "too-long": (nothing, ("x" * 300,), ("xxx", "cannot be a path")),
+    "adapter-of-one": (nothing, ("out/adapters/default", "--adapter", "a"), ("--adapter a", "leave it out")),
     "a-file": (nothing, ("data.jsonl",), ("data.jsonl", "neither a run folder")),
     "unfinished": (in_run(unfinish), ("out",), ("out", "'default' is not finished")),
     "one-of-two": (nothing, ("two",), ("two", "--adapter", "a, b")),

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from common import here, messages, write_lines
 from safetensors.torch import load_file, save_file
-from spoil import config, edit, refused, replace, truncate
+from spoil import RECORDS, config, edit, refused, replace, truncate
+from transformers import CTRLConfig, CTRLLMHeadModel, PreTrainedModel
 
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
 
 pytest_plugins = ("places",)
 
@@ -222,3 +224,57 @@ def test_gguf_files(place: Path, case: str) -> None:
     (place / "bad.gguf").write_bytes(raw)
     config(place, model="bad.gguf")
     refused(place, "train", "config.yaml", named=("model", "bad.gguf", *named))
+
+
+# --- longer than the model ---
+
+SHORT: dict[str, dict[str, int]] = {  # as the families call their length
+    "gpt2": {"n_positions": 40},  # learned
+    "gptj": {"n_positions": 40},  # sines made once
+    "mpt": {"max_seq_len": 40},  # distances made once
+    "llama": {"max_position_embeddings": 40},  # computed as they are needed
+}
+TALK = messages("What is it?", "It is long. " * 12)
+
+
+def short_model(place: Path, model: PreTrainedModel) -> None:
+    shutil.rmtree(place / "model")
+    model.save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+
+
+@pytest.mark.parametrize("arch", [arch for arch in SHORT if arch != "llama"])
+def test_examples_beyond_the_positions_of_the_model(place: Path, arch: str) -> None:
+    short_model(place, tiny_model(arch, **SHORT[arch]))
+    write_lines(place / "data.jsonl", [*RECORDS, TALK])
+    config(place)
+    refused(place, "train", "config.yaml", named=("max_seq_len", "data.jsonl:7", "40 positions", "at most 40"))
+
+
+def test_examples_beyond_the_sines_of_ctrl(place: Path) -> None:
+    sizes = {"vocab_size": 320, "n_embd": 64, "n_head": 4, "n_layer": 1, "dff": 64, "n_positions": 40}
+    short_model(place, CTRLLMHeadModel(CTRLConfig(**sizes)))
+    write_lines(place / "data.jsonl", [*RECORDS, TALK])
+    config(place)
+    refused(place, "train", "config.yaml", named=("max_seq_len", "data.jsonl:7", "40 positions", "at most 40"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "records", "remark"),
+    [
+        ("llama", [*RECORDS, TALK], "max_seq_len 64 is beyond the 40 tokens that './model' was made for; 1 examples are longer"),
+        ("llama", [messages("a", "b")], "40 tokens that './model' was made for; no example is longer"),
+        ("mpt", [messages("a", "b")], "40 tokens that './model' was made for; no example is longer"),
+        ("bloom", [messages("a", "b")], None),  # it does not tell
+    ],
+)
+def test_a_length_beyond_the_models_is_remarked(place: Path, arch: str, records: list[Any], remark: str | None) -> None:
+    """Models that compute their positions learn from longer examples, though not well."""
+    short_model(place, tiny_model(arch, **SHORT.get(arch, {})))
+    write_lines(place / "data.jsonl", records)
+    config(place, steps=1)
+    ran = here("train", "config.yaml")
+    assert ran.code == 0, ran.err
+    assert ("was made for" in ran.err) == (remark is not None) and (remark or "") in ran.err
+    config(place, steps=1, max_seq_len=40, output="fitting")
+    assert "was made for" not in here("train", "config.yaml").err

@@ -98,11 +98,11 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "csv-with-an-open-quote": ("d.csv", CSV.encode() + b'"Why,oh why\nand so\non', ("d.csv:3", "not valid CSV")),
     "csv-with-one-name-twice": ("d.csv", b"output,output\na,b\n", ("d.csv:1", "a name of its own")),
     "csv-with-a-nameless-column": ("d.csv", b"instruction,\na,b\n", ("d.csv:1", "a name of its own")),
-    "csv-without-a-header": ("d.csv", b"Why?,Because.\nHow?,So.\n", ("d.csv:2", "no known form")),
+    "csv-without-a-header": ("d.csv", b"Why?,Because.\nHow?,So.\n", ("d.csv:2", "they have Why?, Because.", "output: NAME}")),
     "csv-with-a-cell-too-few": ("d.csv", b"instruction,input,output\nWhy?,Because.\n", ("d.csv:2", "header's 3")),
     "csv-with-a-blank-header": ("d.csv", b"\n\n\na,b\n", ("d.csv:1", "blank", "header")),
     "csv-with-a-weight-in-words": ("d.csv", b"text,weight\na,much\n", ("d.csv:2", "'weight' is not a number")),
-    "tsv-of-commas": ("d.tsv", b"question,answer\na,b\n", ("d.tsv:2", "no known form")),
+    "tsv-of-commas": ("d.tsv", b"question,answer\na,b\n", ("d.tsv:2", "no known form", "they have question, answer;")),
     # records
     "history-of-numbers": ("d.jsonl", b'{"instruction": "a", "output": "b", "history": [1]}', ("d.jsonl:1", "'history'")),
     "turns-that-are-text": ("d.jsonl", b'{"messages": "hello"}', ("d.jsonl:1", "'messages' is not a list of turns")),
@@ -168,19 +168,19 @@ PLACES: dict[str, tuple[Callable[[Path], object], Any, tuple[str, ...]]] = {
     "file-as-a-folder": (nothing, "data.jsonl/deeper.jsonl", ("no file data.jsonl/deeper.jsonl",)),
     "web-address": (nothing, "https://example.com/data.jsonl", ("https://example.com/data.jsonl", "download")),
     "hub-with-a-scheme": (nothing, "hf://datasets/a/b", ("hf://datasets/a/b",)),
-    "pattern": (nothing, "*.jsonl", ("no file *.jsonl",)),
+    "pattern": (nothing, "*.gone", ("no file is named like *.gone",)),
     "zero": (nothing, "a\x00b", ("data", "cannot be a path")),
     "hub-subset-of-a-file": (nothing, GOOD | {"subset": "en"}, ("data", "'subset'", "data.jsonl")),
     "hub-split-of-a-file": (nothing, GOOD | {"split": "test"}, ("data", "'split'", "data.jsonl")),
     "hub-streaming-of-a-file": (nothing, GOOD | {"streaming": True}, ("data", "'streaming'", "data.jsonl")),
-    "empty-path": (nothing, "", ("data.0.path", "at least 1 character")),
+    "empty-path": (nothing, "", ("data.0.path", "must not be empty")),
     "empty-list": (nothing, [], ("data: nothing to train on",)),
     "list-of-lists": (nothing, [["data.jsonl"]], ("data.0",)),
     "no-path": (nothing, {"format": "alpaca"}, ("data.0.path: required",)),
     "number-among-paths": (nothing, ["data.jsonl", 7], ("data.1",)),
     "none-among-paths": (nothing, ["data.jsonl", None], ("data.1",)),
     "unknown-format": (nothing, GOOD | {"format": "alpacca"}, ("data.0.format", "'alpacca'", "alpaca")),
-    "weight-of-zero": (nothing, GOOD | {"weight": 0}, ("data.0.weight", "greater than 0")),
+    "weight-of-zero": (nothing, GOOD | {"weight": 0}, ("data.0.weight", "above 0")),
     "weight-without-end": (nothing, GOOD | {"weight": float("inf")}, ("data.0.weight", "inf")),
     "no-examples": (nothing, GOOD | {"max_examples": 0}, ("data.0.max_examples", "got 0")),
     "columns-as-a-list": (nothing, GOOD | {"columns": ["question"]}, ("data.0.columns",)),
@@ -219,7 +219,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "validation-of-a-folder": ({"validation": "model"}, ("model/config.json",)),
     "validation-below-zero": ({"validation": -0.1}, ("validation", "between 0 and 1")),
-    "validation-as-a-switch": ({"validation": True}, ("validation", "True")),
+    "validation-as-a-switch": ({"validation": True}, ("validation", "got true")),
     "validation-of-nothing": ({"validation": ""}, ("validation",)),
     "validation-as-a-list": ({"validation": ["a.jsonl"]}, ("validation",)),
 }  # fmt: skip
@@ -230,3 +230,23 @@ def test_mixtures(place: Path, case: str) -> None:
     fields, named = MIXTURES[case]
     config(place, **fields)
     refused(place, "train", "config.yaml", named=named)
+
+
+# --- next steps -------------------------------------------------------------------------------------------------------
+
+KINDS = {"c.yaml": "is it a config?", "t.xlsx": "save the table as .csv", "a.zip": "unpack it", "l.ndjson": "name it .jsonl",
+         "r.md": "name it .txt", "b.pdf": "save its text as .txt"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_files_of_other_kinds(place: Path, name: str) -> None:
+    (place / name).write_text("model: demo\n")
+    config(place, data=name)
+    refused(place, "train", "config.yaml", named=("data", f"{name}: unknown ending", KINDS[name]))
+
+
+@pytest.mark.parametrize("validation", ["gone.jsonl", {"path": "gone.jsonl"}, "gone/*.jsonl"])
+def test_what_is_held_out_is_named_by_its_field(place: Path, validation: Any) -> None:
+    config(place, validation=validation)
+    said = refused(place, "train", "config.yaml", named=("error: validation: no file", "gone"))
+    assert "data:" not in said

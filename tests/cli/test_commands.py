@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,10 +149,11 @@ def test_train_says_what_it_does(trained: Trained) -> None:
     assert "default" in trained.ran.out
     assert str(Path("run/adapters/default")) in trained.ran.out
     assert "run/metrics.jsonl" in trained.ran.out
-    losses = [f"{line['loss']:.4f}" for line in metrics_of(trained.run)[1:]]
-    assert f"{losses[0]} -> {losses[-1]}" in trained.ran.out
+    losses = [line["loss"] for line in metrics_of(trained.run)[1:]]
+    assert f"{sum(losses[:10]) / 10:.4f} -> {sum(losses[-10:]) / 10:.4f}" in trained.ran.out
+    assert "loss (first 10 -> last 10 steps)" in trained.ran.out
     assert f"step {STEPS}/{STEPS}" in trained.ran.err
-    assert "data (default): 1 training examples" in trained.ran.err
+    assert "data (default): 1 training example," in trained.ran.err
     for text in (trained.ran.out, trained.ran.err):
         assert "\x1b" not in text
         assert "\r" not in text
@@ -393,7 +395,11 @@ def test_a_model_without_chat_template_gets_a_plain_one(
     ran = forked("train", "config.yaml", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert "no chat template" in ran.err
-    assert here("chat", "run", "--prompt", "Say it").out == "first\n"
+    chat = here("chat", "run", "--prompt", "Say it")
+    assert (chat.out, chat.err) == ("first\n", ""), "what was said in training is not said at each start"
+    foreign = shutil.copytree(tmp_path / "run/adapters/default", tmp_path / "foreign")
+    (foreign / "snugtune.json").unlink()
+    assert "no chat template" in here("chat", foreign, "--prompt", "Say it").err
     assert here("export", "run", "--to", "merged").code == 0
     merged = tmp_path / "run/merged"
     assert answer(AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged), "Say it") == "first"
@@ -507,6 +513,33 @@ def test_export_merged_is_a_model_of_its_own(trained: Trained, model_folder: Pat
     assert answer(model, tokenizer, "Say it") == "first"
 
 
+def test_chat_takes_what_export_wrote(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever name the folder goes; with nothing beside it to compare it with, and nothing left to export."""
+    monkeypatch.chdir(tmp_path)
+    assert here("export", trained.run, "--to", "merged", "--output", "demo", "--dtype", "fp32").code == 0
+    done = here("chat", "demo", "--prompt", "Say it")
+    assert (done.code, done.out) == (0, "first\n"), done.err
+    assert_refused(here("chat", "demo", "--prompt", "Say it", "--compare"), "--compare", "does not say which model")
+    assert_refused(here("export", "demo", "--to", "merged"), "demo holds no adapter", "is a model folder already")
+
+
+def test_training_that_diverges_says_so_and_what_to_do(tmp_path: Path, model_folder: Path) -> None:
+    """It is done, with code 0: what became of it is for its reader to judge."""
+    write_lines(tmp_path / "data.jsonl", [TALK])
+    fields = taught(model_folder, data=tmp_path / "data.jsonl", output=tmp_path / "run", steps=4, optimizer={"lr": 1e9})
+    done = here("train", write_config(tmp_path / "c.yaml", **fields))
+    assert done.code == 0, done.err
+    assert re.search(r"default: training blew up: .* lower optimizer\.lr \(it is 1e\+09\)", done.err)
+
+
+def test_what_is_for_scripts_is_json_alone(tmp_path: Path) -> None:
+    """In a process of its own, where libraries print what they like while they are imported."""
+    for args in (("doctor", "--json", "--quick"), ("schema",)):
+        done = command(*args, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert isinstance(json.loads(done.out), dict)
+
+
 def test_export_has_a_place_and_a_dtype(trained: Trained, tmp_path: Path) -> None:
     """By default beside the run's other results."""
     run = shutil.copytree(trained.run, tmp_path / "run")
@@ -536,10 +569,37 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, model_folder: Path, mon
         for message in talk["messages"]:
             said = message["content"] + "<|im_end|>"
             expected += f"<|im_start|>{message['role']}\n" + (f"«{said}»" if message["role"] == "assistant" else said) + "\n"
-        assert shown.startswith(expected)
+        assert shown.startswith(expected + "\n") and not shown.startswith(expected + "\n\n"), "one empty line"
     assert "Tail?" not in ran.out
     assert "default: 3 training examples" in ran.out
     assert not (tmp_path / "run").exists()
+
+
+def test_data_show_tells_control_tokens_from_text_that_reads_like_them(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody says of `<|im_end|>` is text; the answer's real end stands without a mark."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "talks.jsonl", [messages("Is <|im_end|> an end?", "<|im_end|> it is.")])
+    write_config(tmp_path / "config.yaml", **taught(model_folder, data="talks.jsonl", max_seq_len=128))
+    out = here("data", "show", "config.yaml").out
+    assert "\nIs ⟦<|im_end|>⟧ an end?<|im_end|>\n" in out
+    assert "\n«⟦<|im_end|>⟧ it is.<|im_end|>»\n" in out
+    assert out.startswith("«...» trained; ⟦...⟧ text that reads like a control token")
+
+
+def test_data_show_says_how_much_of_each_source_a_mixture_takes(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a.jsonl", 2), ("b.jsonl", 8)):
+        write_lines(tmp_path / name, [messages(f"{name} {i}?", "Yes.") for i in range(count)])
+    mixed = {"data": [{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 2}],
+             "mixing": {"type": "interleave", "until": "last"}}  # fmt: skip
+    write_config(tmp_path / "config.yaml", **taught(model_folder, **mixed))
+    out = here("data", "show", "config.yaml", "-n", "0").out
+    assert "default: an epoch takes 4 of a.jsonl (it has 2), 8 of b.jsonl (it has 8)\n" in out
+    assert "default: 12 training examples" in out
 
 
 def test_data_show_counts_what_is_cut_and_dropped(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,12 +609,12 @@ def test_data_show_counts_what_is_cut_and_dropped(tmp_path: Path, model_folder: 
     write_lines(tmp_path / "talks.jsonl", [TALK, cut, late, {"messages": []}, {"text": "hm"}])
     write_config(tmp_path / "config.yaml", **taught(model_folder, data="talks.jsonl", epochs=3, steps=None))
     out = here("data", "show", "config.yaml", "-n", "0").out
-    assert "default: 1 examples cut to max_seq_len=64 tokens (talks.jsonl:2)\n" in out
+    assert "default: 1 example cut to max_seq_len=64 tokens (talks.jsonl:2)\n" in out
     assert "max_seq_len=64 tokens (talks.jsonl:3)\n" in out
     assert "(talks.jsonl:4)\n" in out
     assert "(talks.jsonl:5)\n" in out
     assert "default: 2 training examples" in out
-    assert "6 optimizer steps of 1 examples" in out
+    assert "6 optimizer steps of 1 example\n" in out
     assert "to 64, median" in out
 
 
@@ -579,6 +639,39 @@ def test_help_is_quick(args: list[str], tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, *args], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "loaded: []", done.stderr
     assert done.returncode == (2 if args == ["trian"] else 0)
+
+
+LINES: dict[str, tuple[str, ...]] = {
+    "trian c.yaml": ("no such command 'trian'; did you mean 'train'?",),
+    "foo": ("no such command 'foo'; see snugtune --help",),
+    "c.yaml": ("'c.yaml' is no command; did you mean snugtune train c.yaml?",),
+    "data shwo c.yaml": ("did you mean 'show'?",),
+    "train": ("missing the config (the run's YAML config); see snugtune train --help",),
+    "train a b": ("unexpected argument 'b'",),
+    "train a seed=1": ("to override a field: --set seed=1",),
+    "train a --set": ("--set needs a value",),
+    "train a --epochs 3": ("no option --epochs; a field of the config is set by --set epochs=VALUE",),
+    "train a --batch-size=3": ("--set batch_size=VALUE",),
+    "train a --lr 1e-4": ("--set optimizer.lr=VALUE",),
+    "train a --nothing": ("no option --nothing; see snugtune train --help",),
+    "chat r --temprature 1": ("did you mean --temperature?",),
+    "chat r --temperature hot": ("--temperature: expected a number (got 'hot')",),
+    "chat r --max-new-tokens 0": ("--max-new-tokens: must be at least 1 (got '0')",),
+    "chat r --compare=1": ("--compare takes no value",),
+    "export r": ("missing --to",),
+    "--versio": ("did you mean --version?",),
+    "a\nb": ("no such command",),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_that_cannot_be_understood(line: str) -> None:
+    """As any other mistake: one line, exit code 2."""
+    assert_refused(here(*line.split(" ")), *LINES[line])
+
+
+def test_a_group_of_commands_alone_shows_its_help() -> None:
+    assert "show" in here("data").out
 
 
 def test_help_names_every_command() -> None:

@@ -43,15 +43,17 @@ TROUBLES: dict[str, tuple[str | int, str, tuple[str, ...]]] = {
     "gated": (403, "config.json", ("model", "org/tiny", "gated", "hf auth login")),
     "cut-off": ("cut", "model.safetensors", ("model", "org/tiny", "download broke off")),
     "hanging": ("hang", "model.safetensors", ("model", "org/tiny", "download broke off")),
-    "server-error": (500, "model.safetensors", ("model", "org/tiny")),
+    "server-error": (500, "model.safetensors", ("model", "org/tiny", "in trouble", "again later")),
     "unknown": (404, "config.json", ("model", "org/tiny", "does not have it", "check the name")),
     "not-allowed": (401, "config.json", ("model", "org/tiny", "no access", "hf auth login")),
-    "data-cut-off": ("cut", "train.jsonl", ("data", "org/talks")),
+    "data-cut-off": ("cut", "train.jsonl", ("data", "org/talks", "download broke off")),
+    "data-server-error": (500, "train.jsonl", ("data", "org/talks", "download broke off", "500")),
+    "data-gated": (403, "train.jsonl", ("data", "org/talks", "no access", "hf auth login")),
 }
 
 
-BROKEN_OFF = ("cut-off", "hanging")  # what a server that fails said, transformers does not tell
-PATIENT = ("cut-off", "hanging", "server-error", "data-cut-off")  # huggingface_hub tries again, for up to half a minute
+BROKEN_OFF = ("cut-off", "hanging", "data-cut-off", "data-server-error")  # of weights, transformers does not tell a 500
+PATIENT = (*BROKEN_OFF, "server-error")  # huggingface_hub tries again, for up to half a minute
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in PATIENT else ()) for c in TROUBLES])

@@ -294,7 +294,7 @@ def test_mistakes_raise_one_kind_of_error(model_folder: Path, tmp_path: Path) ->
         train(config | {"batchsize": 1})
     with pytest.raises(errors.InputError, match="no config file"):
         train(tmp_path / "none.yaml")
-    with pytest.raises(errors.InputError, match="neither a run folder"):
+    with pytest.raises(errors.InputError, match="there is no"):
         snugtune.load(tmp_path / "none")
     assert not (tmp_path / "run").exists()
 

@@ -75,6 +75,20 @@ def test_the_command(model_folder: Path, tmp_path: Path) -> None:
     assert "<title>run: snugtune report</title>" in (tmp_path / "other.html").read_text(encoding="utf-8")
 
 
+def test_the_command_says_what_is_broken(model_folder: Path, tmp_path: Path) -> None:
+    """One line each, and still there is a page; stdout says where."""
+    train(config_of(model_folder, tmp_path))
+    with (tmp_path / "run/metrics.jsonl").open("a") as stream:
+        stream.write("half a li\n")
+    (tmp_path / "run/plan.json").write_text("{")
+    done = here("report", tmp_path / "run")
+    assert (done.code, done.out) == (0, f"written: {tmp_path / 'run/report.html'}\n")
+    assert done.err.splitlines() == [
+        "  metrics.jsonl: line 4 is broken and left out",
+        "  plan.json cannot be read; the plan is left out",
+    ]
+
+
 def test_the_command_on_something_else(tmp_path: Path) -> None:
     done = here("report", tmp_path)
     assert done.code == 2

@@ -89,6 +89,15 @@ def in_tensorboard(run: Path, measure: str) -> Points:
     return found
 
 
+def hyperparameters_in_tensorboard(job: Path) -> Any:
+    """What TensorBoard's HPARAMS tab is given for the run in this folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    content = EventAccumulator(str(job)).Reload().PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    return HParamsPluginData.FromString(content).session_start_info.hparams
+
+
 def leveldb_records(log: bytes) -> Iterator[bytes]:
     """The records of a log in LevelDB's format (blocks of 32 KiB; checksum, length, type, content), as W&B keeps its runs."""
     place, whole = 7, b""  # after W&B's own header
@@ -212,8 +221,12 @@ def test_hyperparameters_are_the_config_without_logins(model_folder: Path, tmp_p
     assert flat["data.0.path"] == str(tmp_path / "data.jsonl")
     assert flat["validation"] == "https://host/v.jsonl"
     train(config)
-    [written] = (tmp_path / "run/tensorboard/b").glob("*/hparams.yml")
-    assert "optimizer.lr: 0.0002" in written.read_text()
+    events = [path for path in (tmp_path / "run/tensorboard").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in events} == {"b"}, "every folder is shown as a run"
+    written = hyperparameters_in_tensorboard(tmp_path / "run/tensorboard/b")
+    assert written["optimizer.lr"].number_value == 2e-4
+    assert written["method.type"].string_value == "lora"
+    assert set(written) == set(tracking.hyperparameters(config, config.resolved_jobs()[0]))
 
 
 def test_a_missing_package_is_named(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

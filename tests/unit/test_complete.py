@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
+import shellingham
+from typer.testing import CliRunner
 
 from snugtune import complete
+from snugtune.cli import app
 from snugtune.config import RunConfig
 from snugtune.export import EXPORTS
 from snugtune.methods import METHODS
@@ -77,9 +81,59 @@ def test_the_shell_gets_answers_at_once() -> None:
     assert fields == [value for value, _ in complete.overrides("batch")]
 
 
-def test_show_completion_gives_a_script() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "snugtune", "--show-completion", "bash"], capture_output=True, text=True, check=True
+def test_fields_of_the_list_items_are_offered() -> None:
+    """Any position is as good as the first."""
+    assert [offer for offer in offered("data.") if offer.endswith(".") and "columns" not in offer] == ["data.0."]
+    assert offered("data.1.form") == ["data.1.format="]
+    assert complete.overrides("jobs.3.method.ra") == []
+    assert [value for value, _ in complete.overrides("jobs.3.method.r")] == ["jobs.3.method.r="]
+    assert offered("tracking=w") == ["tracking=wandb"]
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("epochs", "epochs"),
+        ("lr", "optimizer.lr"),
+        ("recompute", "plan.recompute"),
+        ("optimizer", "optimizer"),
+        ("nothing", None),
+    ],
+)
+def test_where_a_field_is(name: str, place: str | None) -> None:
+    assert complete.place_of(name) == place
+
+
+SCRIPTS = {
+    "bash": "complete -o default -F _snugtune_completion snugtune",
+    "zsh": "#compdef snugtune",
+    "fish": "complete --command",
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_the_script_is_that_of_the_shell(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shown is what is installed, in the home folder, and there is one line about it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: (kind, f"/bin/{kind}"))
+    shown = CliRunner().invoke(app, ["--show-completion"])
+    assert shown.exit_code == 0 and SCRIPTS[kind] in shown.output
+    done = CliRunner().invoke(app, ["--install-completion"])
+    assert done.exit_code == 0
+    path = Path(done.output.removeprefix("written: ").partition(";")[0])
+    assert path.is_relative_to(tmp_path) and path.read_text().strip() == shown.output.strip()
+
+
+def test_a_shell_that_cannot_be_told_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise shellingham.ShellDetectionFailure
+
+    monkeypatch.setattr(shellingham, "detect_shell", fail)
+    monkeypatch.setenv("SHELL", "/usr/bin/bash")
+    assert SCRIPTS["bash"] in CliRunner().invoke(app, ["--show-completion"]).output
+    monkeypatch.setenv("SHELL", "/usr/bin/tcsh")
+    refused = CliRunner().invoke(app, ["--show-completion"])
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: there is no completion for tcsh; it is for bash, zsh, fish, powershell\n",
     )
-    assert "complete -o default -F _snugtune_completion snugtune" in done.stdout
-    assert "_SNUGTUNE_COMPLETE=complete_bash" in done.stdout

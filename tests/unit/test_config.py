@@ -14,7 +14,7 @@ from snugtune.data.sources import SourceConfig
 from snugtune.errors import InputError
 from snugtune.methods.full import FullConfig
 from snugtune.methods.lora import LoraConfig
-from snugtune.optim import ConstantConfig, CosineConfig, LinearConfig
+from snugtune.optim import ConstantConfig, CosineConfig, LinearConfig, WsdConfig
 
 MINIMAL: dict[str, Any] = {"model": "demo", "output": "runs/x", "data": "d.jsonl"}
 
@@ -72,6 +72,15 @@ def test_a_type_may_be_left_out_or_be_all_there_is():
     assert config(optimizer={"lr": 1e-3}).optimizer.lr == 1e-3
 
 
+def test_a_type_may_go_by_its_other_name():
+    """Constant with cooldown is what others call wsd."""
+    cooled = WsdConfig(cooldown=0.3)
+    assert config(schedule="constant_with_cooldown").schedule == WsdConfig()
+    assert config(schedule={"type": "constant_with_cooldown", "cooldown": 0.3}).schedule == cooled
+    [job] = config(jobs=[{"schedule": {"type": "constant_with_cooldown", "cooldown": 0.3}}]).resolved_jobs()
+    assert job.schedule == cooled
+
+
 UNKNOWN = [
     ("lerning_rate", "optimizer.lr"),
     ("learning_rate", "optimizer.lr"),
@@ -125,46 +134,46 @@ def test_unknown_fields_of_list_items_are_placed():
 
 
 BAD_VALUES = [
-    ("batch_size", 0, "greater than or equal to 1"),
-    ("batch_size", "many", "integer"),
-    ("batch_size", 1.5, "integer"),
-    ("max_seq_len", 1, "greater than or equal to 2"),
-    ("epochs", 0, "greater than 0"),
+    ("batch_size", 0, "at least 1"),
+    ("batch_size", "many", "a whole number"),
+    ("batch_size", 1.5, "a whole number"),
+    ("max_seq_len", 1, "at least 2"),
+    ("epochs", 0, "above 0"),
     ("epochs", float("inf"), "finite"),
     ("epochs", float("nan"), "epochs: "),
-    ("steps", 0, "greater than or equal to 1"),
-    ("seed", -1, "greater than or equal to 0"),
-    ("seed", 10**30, "less than"),
+    ("steps", 0, "at least 1"),
+    ("seed", -1, "at least 0"),
+    ("seed", 10**30, "below"),
     ("validation", 0.0, "between 0 and 1"),
     ("validation", 1, "between 0 and 1"),
     ("validation", 1.5, "between 0 and 1"),
     ("validation", {"path": "v", "colums": {}}, "validation: unknown field 'colums'; did you mean 'columns'?"),
-    ("validation", {"path": ""}, "validation.path: string should have at least 1"),
+    ("validation", {"path": ""}, "validation.path: must not be empty"),
     ("validation", {"format": "alpaca"}, "validation.path: required"),
     ("validation", {"path": "v", "weight": 2}, "weight"),
     ("validation", ["v"], "validation: "),
-    ("max_grad_norm", 0, "greater than 0"),
-    ("eval_every", 0, "greater than or equal to 1"),
-    ("checkpoint_every", 0, "greater than or equal to 1"),
-    ("keep_checkpoints", 0, "greater than or equal to 1"),
+    ("max_grad_norm", 0, "above 0"),
+    ("eval_every", 0, "at least 1"),
+    ("checkpoint_every", 0, "at least 1"),
+    ("keep_checkpoints", 0, "at least 1"),
     ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
-    ("model", "", "at least 1 character"),
-    ("output", "", "at least 1 character"),
-    ("model", 5, "string"),
-    ("optimizer.lr", 0, "greater than 0"),
+    ("model", "", "must not be empty"),
+    ("output", "", "must not be empty"),
+    ("model", 5, "expected text"),
+    ("optimizer.lr", 0, "above 0"),
     ("optimizer.lr", "fast", "number"),
     ("optimizer.lr", float("inf"), "finite"),
     ("optimizer.betas", [0.9], "optimizer.betas"),
     ("optimizer.betas", [0.9, 1.0], "optimizer.betas"),
     ("optimizer.betas", [-0.1, 0.9], "optimizer.betas"),
     ("optimizer.type", "rmsprop", "'adamw'"),
-    ("schedule.warmup", -1, "greater than or equal to 0"),
+    ("schedule.warmup", -1, "at least 0"),
     ("schedule.type", "cosin", "did you mean 'cosine'?"),
     ("schedule", "cosin", "did you mean 'cosine'?"),
     ("method", "lorra", "did you mean 'lora'?"),
-    ("method.r", 0, "greater than or equal to 1"),
-    ("method.lora_alpha", -1, "greater than 0"),
-    ("method.lora_dropout", 1.0, "less than 1"),
+    ("method.r", 0, "at least 1"),
+    ("method.lora_alpha", -1, "above 0"),
+    ("method.lora_dropout", 1.0, "below 1"),
     ("method.init_lora_weights", "zero", "'default', 'gaussian' or 'orthogonal'"),
     ("method", 5, "method: "),
     ("plan.micro_batch", 0, "at least 1"),
@@ -180,6 +189,79 @@ BAD_VALUES = [
     ("data", 5, "data"),
     ("data", None, "data"),
 ]  # fmt: skip
+
+
+ELSEWHERE = [
+    ({"foo": 1}, "unknown field 'foo'; 'snugtune init' writes a config with every field explained"),
+    ({"r": 8}, "unknown field 'r'; did you mean 'method.r'?"),
+    ({"patience": 2}, "unknown field 'patience'; did you mean 'early_stopping.patience'?"),
+    ({"schedule": {"cooldown": 0.1}}, "schedule: 'cooldown' is not a field of type 'constant'; it belongs to schedule.type: wsd"),
+    ({"optimizer": {"momentum": 0.9}}, "optimizer: 'momentum' is not a field of type 'adamw'; it belongs to optimizer.type: sgd"),
+    (
+        {"optimizer": {"type": "sgd", "betas": [0.9, 0.9]}},
+        "optimizer: 'betas' is not a field of type 'sgd'; it belongs to optimizer.type: adamw or optimizer.type: lion",
+    ),
+    ({"method": {"last_blocks": 1}}, "method: 'last_blocks' is not a field of type 'lora'; it belongs to method.type: freeze"),
+    ({"mixing": {"until": "last"}}, "mixing: 'until' is not a field of type 'concat'; it belongs to mixing.type: interleave"),
+    ({"method": {"epochs": 3}}, "method: unknown field 'epochs'; it stands at the top level, not in method"),
+    ({"method": {"lr": 1e-3}}, "method: unknown field 'lr'; did you mean 'optimizer.lr'?"),
+    ({"optimizer": {"learning_rate": 1e-3}}, "optimizer: unknown field 'learning_rate'; did you mean 'lr'?"),
+    ({"plan": {"zero": 1}}, "plan: unknown field 'zero'; there are weights, micro_batch, recompute"),
+    (
+        {"jobs": [{"name": "a", "model": "x"}]},
+        "jobs.0: unknown field 'model' of a job; it is the whole run's: give it once, at the top level",
+    ),
+    ({"jobs": [{"schedule": {"cooldown": 1}}]}, "jobs.0: schedule: 'cooldown' is not a field of type 'constant'; it belongs to "
+     "schedule.type: wsd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), ELSEWHERE, ids=[message for _, message in ELSEWHERE])
+def test_a_field_in_the_wrong_place_is_told_its_own(fields: dict[str, Any], message: str):
+    """Only what is near is offered; a field of another type says which."""
+    assert refusal(**fields) == f"config: {message}"
+
+
+WORDS = [
+    ({"data": None}, "data: nothing to train on; give a file, a folder, or the id of a dataset on the hub"),
+    (
+        {"data": {"path": "d", "columns": {"question": "instruction"}}},
+        "data.0.columns: the other way round: {instruction: question}, the name it means before the file's own",
+    ),
+    ({"data": {"path": "d", "columns": {"text": 5}}}, "data.0.columns.text: expected text (got 5)"),
+    (
+        {"data": {"path": "d", "format": "sharegt"}},
+        "data.0.format: expected 'alpaca', 'sharegpt', 'messages', 'prompt', 'preference', 'text' or 'auto' (got 'sharegt'); "
+        "did you mean 'sharegpt'?",
+    ),
+    ({"device": "gpu"}, "device: expected 'auto', 'cpu' or 'cuda' (got 'gpu')"),
+    ({"plan": {"micro_batch": "one"}}, "plan.micro_batch: expected a whole number or 'auto' (got 'one')"),
+    ({"plan": "auto"}, "plan: expected a group of fields like {weights: auto} (got 'auto')"),
+    ({"batch_size": 2.5}, "batch_size: expected a whole number (got 2.5)"),
+    ({"batch_size": True}, "batch_size: expected a whole number (got true)"),
+    ({"early_stopping": True}, "early_stopping: expected a group of fields like {patience: 3} (got true)"),
+    ({"model": None}, "model: expected text (got nothing)"),
+    ({"model": ["a"]}, "model: expected text (got a list)"),
+    ({"max_grad_norm": "none"}, "max_grad_norm: expected a number (got 'none'); nothing is written null"),
+    ({"schedule": {"warmup": "5%"}}, "schedule.warmup: expected a number (got '5%'); write 0.05"),
+    ({"validation": "5%"}, "validation: '5%' is no path; write 10% as 0.1"),
+    ({"method": {"target_modules": []}}, "method.target_modules: must not be empty"),
+    ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, "optimizer.betas: expected at most 2 values, found 3"),
+    ({"epochs": 1, "steps": 1}, "give epochs or steps, not both (set one to null)"),
+    (
+        {"tracking": "wandb,mlflow"},
+        "tracking.0: expected one of them a time (got 'wandb,mlflow'); a list is written [wandb, mlflow]",
+    ),
+    (
+        {"jobs": [{"name": "a b"}]},
+        "jobs.0: name: expected letters, digits, '.', '_' and '-', at most 64, the first a letter or a digit (got 'a b')",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WORDS, ids=[message for _, message in WORDS])
+def test_words_are_a_persons(fields: dict[str, Any], message: str):
+    assert refusal(**fields) == f"config: {message}"
 
 
 @pytest.mark.parametrize(("field", "value", "words"), BAD_VALUES, ids=[f"{f}={v!a}" for f, v, _ in BAD_VALUES])
@@ -262,8 +344,8 @@ def test_numbers_in_yaml_may_be_written_the_way_people_do(config_file):
         pytest.param("model: !!python/object/apply:os.getcwd []\n", r"c\.yaml:1: not valid YAML.*python/object", id="a call"),
         pytest.param("model: demo\nplan: !!python/name:os.system\n", r"c\.yaml:2: not valid YAML.*python/name", id="a function"),
         pytest.param("a: &a [*b]\n", r"c\.yaml:1: not valid YAML", id="unknown anchor"),
-        pytest.param("- model: demo\n", r"c\.yaml: expected fields like 'model: \.\.\.', found list", id="a list"),
-        pytest.param("demo", r"c\.yaml: expected fields.*found str", id="a text"),
+        pytest.param("- model: demo\n", r"c\.yaml: expected fields like 'model: \.\.\.', found a list", id="a list"),
+        pytest.param("demo", r"c\.yaml: expected fields.*found text", id="a text"),
         pytest.param("", r"c\.yaml: expected fields", id="empty"),
         pytest.param("# nothing\n", r"c\.yaml: expected fields", id="comments"),
         pytest.param("model: demo\n---\nmodel: demo\n", r"c\.yaml:2: not valid YAML", id="two documents"),
@@ -283,8 +365,43 @@ def test_a_bad_file_is_named_with_its_line(config_file, text: str | bytes, words
 def test_a_file_that_is_none_is_named(tmp_path: Path):
     with pytest.raises(InputError, match=r"no config file .*none\.yaml"):
         read_config(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match=r"cannot be read"):
+    with pytest.raises(InputError, match=r"is a folder, not a config"):
         read_config(tmp_path)
+
+
+NO_CONFIGS = [
+    ("d.jsonl", '{"messages": []}', "d.jsonl: this is data, not a config; 'snugtune init --data .*d.jsonl' writes"),
+    ("d.json", '[{"messages": []}]', "d.json: this is data"),
+    ("d.json", '{"instruction": "a"}', "d.json: this is data"),
+    ("d.txt", "Once upon: a time", "d.txt: this is data"),
+    ("m.gguf", "GGUF", "m.gguf: this is a model"),
+    ("run/config.yaml", "", r"run is a folder, not a config; there is one in it: .*run/config\.yaml"),
+    ("run/adapter_config.json", "{}", "run is an adapter's folder, not a config; 'snugtune chat .*run' talks to it"),
+    ("run/config.json", "{}", "run is a model's folder, not a config; 'snugtune init --model .*run"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "words"), NO_CONFIGS)
+def test_what_is_no_config_is_told_what_it_is(tmp_path: Path, name: str, text: str, words: str):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        read_config(path if path.parent == tmp_path else path.parent)
+
+
+def test_a_config_may_be_json(tmp_path: Path):
+    (tmp_path / "c.json").write_text('{"model": "demo", "output": "x", "data": "d.jsonl"}')
+    assert read_config(tmp_path / "c.json").model == "demo"
+
+
+def test_a_file_with_nearly_that_name_is_offered(tmp_path: Path):
+    (tmp_path / "shop.yaml").touch()
+    with pytest.raises(InputError, match=r"no config file .*shp\.yaml; did you mean '.*/shop\.yaml'\?"):
+        read_config(tmp_path / "shp.yaml")
+    (tmp_path / "shop.yaml").unlink()
+    with pytest.raises(InputError, match=r"no config file .*; 'snugtune init' writes one"):
+        read_config(tmp_path / "shp.yaml")
 
 
 def test_yaml_runs_no_code(config_file, tmp_path: Path):
@@ -396,6 +513,39 @@ def test_a_bad_override_is_named(config_file, override: str, words: str):
         with_set(config_file, override, text=LISTS + "seed: 1\n")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+BLAMED = [
+    (("batch_size=x",), "", "--set batch_size=x: batch_size: expected a whole number (got 'x')"),
+    (("output=",), "", "--set output=: output: expected text (got nothing)"),
+    (("steps=5",), "epochs: 3\n", "--set steps=5: give epochs or steps, not both (set one to null)"),
+    (("seed=1",), "batch_size: x\n", "{file}: batch_size: expected a whole number (got 'x')"),
+    (("batch_size=0",), "seed: -1\n", "--set batch_size=0: batch_size: must be at least 1 (got 0); {file}: seed: "
+     "must be at least 0 (got -1)"),
+    (("batch_size=0", "seed=x", "steps=3"), "", "--set batch_size=0: batch_size: must be at least 1 (got 0); "
+     "--set seed=x: seed: expected a whole number (got 'x')"),
+    (("schedule=linear", "schedule.cooldown=1"), "", "--set schedule.cooldown=1: schedule: 'cooldown' is not a field of type "
+     "'linear'; it belongs to schedule.type: wsd"),
+    (("jobs.0.name=a",), "", "--set jobs.0.name=a: 'jobs' is no list, so it has no position 0; give it whole: "
+     "--set 'jobs=[...]'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "more", "message"), BLAMED, ids=[" ".join(overrides) for overrides, *_ in BLAMED])
+def test_a_mistake_is_blamed_on_what_brought_it(config_file, overrides: tuple[str, ...], more: str, message: str):
+    path = config_file(TEXT + more)
+    with pytest.raises(InputError) as error:
+        read_config(path, overrides)
+    assert str(error.value) == message.format(file=path)
+
+
+def test_an_override_mends_what_the_file_has_wrong(config_file):
+    assert with_set(config_file, "batch_size=2", text=TEXT + "batch_size: x\n").batch_size == 2
+
+
+def test_one_source_has_a_position_too(config_file):
+    (source,) = with_set(config_file, "data.0.format=alpaca").data
+    assert (source.path, source.format) == ("d.jsonl", "alpaca")
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------------

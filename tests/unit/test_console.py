@@ -99,6 +99,42 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert f"  {LONG}: step 2/3  held-out loss 2.5000" in lines
 
 
+def test_plain_lines_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps as long as the pause between lines, some a bit shorter, some a bit longer: no job gets more lines than another."""
+    clock = [0.0]
+    monkeypatch.setattr("snugtune.console.time.monotonic", lambda: clock[0])
+    console = Console()
+    console.err = RichConsole(file=io.StringIO(), width=60, highlight=False)
+    names = ["a", "b", "c"]
+    jobs: list[Any] = [SimpleNamespace(name=name, step=0, total=100) for name in names]
+    console.begin(jobs)
+    for step in range(1, 31):
+        for name in names:
+            clock[0] += (3.2, 3.4, 3.5)[(step + len(name)) % 3] + (0.3 if name == "b" and step % 2 else 0.0)
+            console.step(StepMetrics(name, step, 100, 0.1, loss=1.0, tokens_per_second=1.0))
+    lines = console.err.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    counts = [sum(line.startswith(f"  {name}: ") for line in lines) for name in names]
+    assert max(counts) - min(counts) <= 1 and min(counts) >= 10, counts
+
+
+def test_losses_of_the_table_are_means(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of as many steps at each end as all jobs have, ten at most; without a terminal no line ends in blanks."""
+    metrics = [{"job": "a", "step": n, "loss": loss} for n, loss in enumerate([4.0, 2.0, 9.0, 1.0, 2.0], 1)]
+    metrics += [{"job": "b", "step": n, "loss": float(n)} for n in range(1, 41)]
+    folders = {name: Path("run") / name for name in ("a", "b")}
+    Console().results(RunResult(Path("run"), folders, metrics, [], {}, None))
+    lines = capsys.readouterr().out.splitlines()
+    assert "loss (first 2 -> last 2 steps)" in lines[0]
+    assert re.fullmatch(r"a +5 +3\.0000 -> 1\.5000 +-", lines[1])
+    assert re.fullmatch(r"b +40 +1\.5000 -> 39\.5000 +-", lines[2])
+    long = RunResult(Path("run"), {"b": Path("run/b")}, metrics, [], {"b": (3.0, 2.0)}, None)
+    Console().results(long)
+    lines += (table := capsys.readouterr().out.splitlines())
+    assert "loss (first 10 -> last 10 steps)" in table[0]
+    assert re.fullmatch(r"b +40 +5\.5000 -> 35\.5000 +3\.0000 -> 2\.0000", table[1])
+    assert lines == [line.rstrip() for line in lines]
+
+
 def test_a_table_of_results_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = [{"job": LONG, "step": 2, "loss": 2.0, "eval_loss": 3.0}, {"job": LONG, "step": 3, "loss": 1.0, "eval_loss": 2.0}]
     result = RunResult(Path("run"), {LONG: Path("run/adapters") / LONG}, metrics, [], {LONG: (3.0, 2.0)}, 2**30)
@@ -110,7 +146,8 @@ def test_a_table_of_results_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> 
     narrow.results(result)
     table = plain(narrow.out.file.getvalue())[:-2]  # type: ignore[attr-defined]
     assert max(map(len, table)) <= 60
-    assert "".join(line.split(" ")[0] for line in table[1:]) == LONG, "folded, not cut"
+    head = next(n for n, line in enumerate(table) if line.startswith("job "))
+    assert "".join(line.split(" ")[0] for line in table[head + 1 :]) == LONG, "folded, not cut"
 
 
 def test_layout_gives_way_in_order() -> None:

@@ -92,20 +92,20 @@ def test_a_document_of_no_weight_is_dropped_and_counted() -> None:
     """A step of nothing but such would be divided by zero."""
     drops = Drops()
     tokenise_documents([Document("ab", "d:1", 0.0), Document("cd", "d:2")], TOKENIZER, 100, drops)
-    assert drops.lines() == ["1 documents dropped: nothing to learn in them (d:1)"]
+    assert drops.lines() == ["1 document dropped: nothing to learn in them (d:1)"]
 
 
 def test_weights_and_cuts_are_kept_and_counted() -> None:
     drops = Drops()
     examples = tokenise_documents([Document("abcdefgh" * 4, "d:1", 0.5), Document("a", "d:2")], TOKENIZER, 6, drops)
     assert {float(w) for e in examples[:-1] for w in e.weights} == {0.0, 0.5}
-    assert drops.lines() == ["1 documents cut into pieces of max_seq_len=6 tokens (nothing is lost) (d:1)"]
+    assert drops.lines() == ["1 document cut into pieces of max_seq_len=6 tokens (nothing is lost) (d:1)"]
 
 
 def test_conversations_are_not_documents() -> None:
     drops = Drops()
     assert tokenise_documents([Conversation(({"role": "user", "content": "a"},), "d:1")], TOKENIZER, 9, drops) == []
-    assert drops.lines() == ["1 conversations, which objective clm does not learn (it takes plain text) (d:1)"]
+    assert drops.lines() == ["1 conversation, which objective clm does not learn (set objective: sft) (d:1)"]
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 5.0)), min_size=1, max_size=4), st.sampled_from(["first", "last"]))

@@ -1,5 +1,9 @@
 """Calls of tools and their results in the families' chat templates."""
 
+import json
+import re
+from typing import Any
+
 import pytest
 from families_for_tests import FAMILIES, tokenizer_of, trained_runs
 from family_talks_for_tests import ASK, CALLERS, GENERATION, TOLD, TOOLS, calling, check, result, talk, tokenised
@@ -63,6 +67,33 @@ def test_a_sharegpt_call_becomes_the_familys_call(name: str, trained: str):
     tokenizer = tokenizer_of(name)
     [(ids, weights)] = tokenised(name, item.messages, item.tools)
     assert [tokenizer.decode(run) for run in trained_runs(ids, weights)] == [trained, "It snows." + FAMILIES[name].end]
+
+
+def shared_gpt(*calls: str) -> dict[str, Any]:
+    turns = [("human", "Weather?"), ("function_call", f"[{', '.join(calls)}]"), ("observation", "1"), ("observation", "2")]
+    return {"conversations": [{"from": who, "value": text} for who, text in [*turns, ("gpt", "Both.")]]}
+
+
+def test_calls_without_ids_get_such_as_mistral_demands():
+    """Nine letters or digits, the same in every run, and each result names its own call."""
+    calls = [json.dumps({"name": "get_weather", "arguments": {"place": place}}) for place in ("Bern", "Rome")]
+    item = read_form(shared_gpt(*calls), "auto", {}, "x:1")
+    assert isinstance(item, Conversation) and not any("id" in c for c in item.messages[1]["tool_calls"])
+    texts = {tokenizer_of("mistral").decode(tokenised("mistral", item.messages)[0][0]) for _ in range(2)}
+    [text] = texts
+    made = re.findall(r'"id": "([A-Za-z0-9]{9})"', text)
+    assert len(set(made)) == 2 and re.findall(r'"call_id": "(\w+)"', text) == made
+
+
+def test_ids_of_openais_kind_become_short_where_they_must():
+    """`call_...` is refused by Mistral's template; ids that it takes stay as they are, and so do all where no template asks."""
+    call = {"id": "call_MGwZUQwRZ6vJUxzF", "type": "function", "function": {"name": "f", "arguments": {}}}
+    talk = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, {**result("x"), "tool_call_id": call["id"]}, TOLD]
+    text = tokenizer_of("mistral").decode(tokenised("mistral", talk)[0][0])
+    [made], [named] = re.findall(r'"id": "(\w+)"', text), re.findall(r'"call_id": "(\w+)"', text)
+    assert made == named and len(made) == 9 and made != call["id"]
+    assert "a1b2c3d4e" in tokenizer_of("mistral").decode(tokenised("mistral", [ASK, calling("Bern"), result("x"), TOLD])[0][0])
+    assert Renderer(tokenizer_of("qwen2_5")).calls.told(talk) == talk
 
 
 @pytest.mark.parametrize("content", ["", "I look."])

@@ -52,11 +52,9 @@ def written(place: Path, given: Mapping[str, Any], answers: list[str] | None = N
 def test_what_is_written_is_what_was_given(tmp_path: Path, given: dict[str, Any]) -> None:
     """As written, and with every default put in force: both are the config that the flags say."""
     text = written(tmp_path, SHORT | given)
-    fields = {"model": "demo", "data": ["talk.jsonl"], "output": "runs/talk"} | given
+    fields = {"model": "demo", "data": ["talk.jsonl"], "output": "runs/config"} | given
     if given.get("method") == "freeze":
         fields["method"] = {"type": "freeze", "last_blocks": 2}
-    if "a.jsonl" in fields["data"]:
-        fields["output"] = "runs/a"
     truth = to_config(fields)
     assert read_config(tmp_path / "config.yaml") == truth
     everything = COMMENTED.sub(r"\1\2", text)
@@ -85,12 +83,50 @@ def test_plain_text_is_learned_as_such(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.yaml").objective.type == "clm"
 
 
-def test_it_asks_for_what_is_not_given(tmp_path: Path) -> None:
-    """Empty answers take the default; answers that the config refuses are asked for again."""
-    written(tmp_path, {"model": "demo"}, ["", "shop.jsonl", "dpo", "", "freeze", "-1", "many", "2", ""])
+def told(place: Path, given: Mapping[str, Any]) -> str:
+    """What is said while a config is written."""
+    console = quiet()
+    init.write_config(place / "config.yaml", given, None, True, console)
+    return console.err.file.getvalue()  # type: ignore[attr-defined]
+
+
+FOUND = {
+    "talks": ('{"instruction": "a", "output": "b"}', "1 conversation among its first records", "sft"),
+    "texts": ('{"text": "a"}\n{"text": "b"}', "2 documents among its first records", "clm"),
+    "other names": ('{"question": "a", "reply": "b"}', "columns: {instruction: question, output: reply}", "sft"),
+    "broken": ('{"text": "a"', "d.jsonl:1: not valid JSON", "sft"),
+    "nothing": ("", "it holds no records", "sft"),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_data_is_opened(tmp_path: Path, case: str) -> None:
+    """What it is is said, and decides what is learned; what is wrong with it is said as well."""
+    content, said, objective = FOUND[case]
+    (tmp_path / "d.jsonl").write_text(content)
+    assert said in told(tmp_path, {"data": [str(tmp_path / "d.jsonl")]})
+    assert read_config(tmp_path / "config.yaml").objective.type == objective
+
+
+def test_data_that_is_not_there_is_mentioned(tmp_path: Path) -> None:
+    assert "no file gone.jsonl" in told(tmp_path, {"data": ["gone.jsonl"]})
+    assert "of the hub" in told(tmp_path, {"data": ["org/talks"]})
+
+
+def test_configs_of_the_same_data_have_outputs_of_their_own(tmp_path: Path) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        init.write_config(tmp_path / name, SHORT, None, False, quiet())
+    assert [read_config(tmp_path / name).output for name in ("a.yaml", "b.yaml")] == ["runs/a", "runs/b"]
+
+
+def test_it_asks_for_what_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty answers take the default; answers that the config refuses and data that is not there are asked for again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shop.jsonl").write_text('{"instruction": "a", "output": "b"}')
+    written(tmp_path, {"model": "demo"}, ["", "shopp.jsonl", "shop.jsonl", "dpo", "", "freeze", "-1", "many", "2", ""])
     config = read_config(tmp_path / "config.yaml")
     truth = {"model": "demo", "data": "shop.jsonl", "objective": "sft", "method": {"type": "freeze", "last_blocks": 2},
-             "epochs": 2, "output": "runs/shop"}  # fmt: skip
+             "epochs": 2, "output": "runs/config"}  # fmt: skip
     assert config == to_config(truth)
 
 
@@ -147,5 +183,5 @@ def test_asking_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console.ask("Which?") == "mine"
     with pytest.raises(InputError, match="input ended"):
         console.ask("Which?")
-    assert console.err.file.getvalue().startswith("Which? [yours] Which? ")  # type: ignore[attr-defined]
+    assert console.err.file.getvalue().startswith("Which? [yours]: Which? Which? ")  # type: ignore[attr-defined]
     assert console.out.file.getvalue() == ""  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path, kind: str, gz: bo
     path = packed(path) if gz else path
     records = list(read_records(path))
     assert [record for _, record in records] == ROWS
-    lines = {"parquet": [1, 2], "json": [1, 1], "jsonl": [1, 2]}.get(kind, [2, 3])
+    lines = {"parquet": [1, 2], "json": [1, "1 item 2"], "jsonl": [1, 2]}.get(kind, [2, 3])
     assert [place for place, _ in records] == [f"{path}:{line}" for line in lines]
     found = read(path, columns=COLUMNS)
     assert [[m["content"] for m in c.messages] for c in found] == [[r["question"], r["reply"]] for r in ROWS]

@@ -1,15 +1,19 @@
 """The report: what it shows is what the run's files say, escaped, thinned without losing spikes, whatever the files' state."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run_folders import PROMPTS, write_run
+from snugtune.config import to_config
 from snugtune.errors import InputError, StorageError
 from snugtune.report import write_report
 from snugtune.report.charts import SIDE, Scale, Trace, bucketed, chart, line, number, running_mean, ticks, value_scale
@@ -216,6 +220,15 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "at step 20 of 40" in page.text
 
 
+def test_what_was_never_measured_has_no_key(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=5)
+    assert "held out" in report_of(folder).texts
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.dumps({k: v for k, v in line.items() if k != "eval_loss"}) for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert "held out" not in report_of(folder).texts
+
+
 def test_skipped_steps_are_gaps_and_marks(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=20, skipped=(5, 6, 20))
     with (folder / "metrics.jsonl").open("a") as stream:
@@ -238,22 +251,111 @@ def test_nothing_but_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("metrics.jsonl", 'nothing\n[1]\n{"job": "default"}\n', "metrics.jsonl holds lines that are no JSON objects"),
-        ("metrics.jsonl", '{"job": "default", "step": "one"}\n{"step": 1}\n', "metrics.jsonl holds lines that are no metrics"),
-        ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl holds lines"),
+        (
+            "metrics.jsonl",
+            'nothing\n[1]\n{"job": "default"}\n',
+            "metrics.jsonl: 3 lines (the first is line 1) are broken and left out",
+        ),
+        ("metrics.jsonl", '{"job": "default", "step": 1}\n{"job": "default", "step": "one"}\n', "line 2 is broken and left out"),
+        ("metrics.jsonl", '{"job": ["x"], "step": 1}\n{"step": 1}\n', "metrics.jsonl: 2 lines"),
+        ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl: line 1 is broken"),
+        ("metrics.jsonl", "[" * 100_000 + "\n", "metrics.jsonl: line 1 is broken"),
+        ("metrics.jsonl", '{"job": "default", "step": 1, "loss": 1' + "0" * 400 + "}\n", "metrics.jsonl: line 1 is broken"),
         ("plan.json", "{", "plan.json cannot be read"),
         ("plan.json", "[]", "plan.json cannot be read"),
+        ("plan.json", '{"a":' * 100_000, "plan.json cannot be read"),
         ("data.json", '{"default": {"lengths": 1}}', "data.json cannot be read"),
-        ("samples.jsonl", '{"job": 1}\n', "samples.jsonl holds lines that are no samples"),
-        ("config.yaml", "model: x\nfield_of_tomorrow: 1\n", "config.yaml is not one of this version"),
+        ("samples.jsonl", '{"job": 1}\n', "samples.jsonl: line 1 is broken"),
+        ("config.yaml", "model: x\nfield_of_tomorrow: 1\n", "config.yaml cannot be used"),
     ],
 )
 def test_a_broken_file_is_named_and_the_rest_shown(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
     folder = write_run(tmp_path / "run", steps=3)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    page = report_of(folder)
+    heard: list[str] = []
+    page = Page(write_report(folder, say=heard.append).read_text(encoding="utf-8"))
+    assert len(heard) == 1 and said in heard[0], heard
     assert said in page.text
     assert "default" in page.texts
+
+
+def test_a_whole_folder_has_no_problems(tmp_path: Path) -> None:
+    heard: list[str] = []
+    write_report(write_run(tmp_path / "run", steps=3), say=heard.append)
+    assert heard == []
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"budget_bytes": math.nan}, {"plan": {"micro_batch": None}}, {"measured_peak_bytes": -math.inf}]
+)
+def test_a_plan_of_nonsense_is_shown_as_far_as_it_goes(tmp_path: Path, knobs: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    (folder / "plan.json").write_text(json.dumps(knobs))
+    assert "Plan" in report_of(folder).texts
+
+
+# --- the head and the words -------------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(to_config(config | fields).to_yaml())
+
+
+def test_the_head_names_model_method_and_data(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    assert "base model HuggingFaceTB/SmolLM2-135M-Instruct method LoRA (r 8, lora_alpha 16) for sft data data/support.jsonl" in (
+        report_of(folder).text
+    )
+    change_config(folder, model="demo", method={"type": "freeze", "last_blocks": 4}, data=[f"d{k}.jsonl" for k in range(6)])
+    head = (
+        "demo (HuggingFaceTB/SmolLM2-135M-Instruct) method freeze (last_blocks 4) for sft data d0.jsonl, d1.jsonl, d2.jsonl, d3"
+    )
+    assert f"{head}.jsonl and 2 more" in report_of(folder).text
+
+
+def test_plan_in_words_and_units(tmp_path: Path) -> None:
+    page = report_of(write_run(tmp_path / "run", steps=3))
+    for words in (
+        "most tokens in one forward 4 x max_seq_len",
+        "activations kept",
+        "logits alive at once of 512 tokens",
+        "CPU threads 2",
+        "measured peak memory 2.00 GiB",
+    ):
+        assert words in page.text
+    card = page.text[page.text.index("number format of the base") : page.text.index("config.yaml, as it was resolved")]
+    assert "_" not in card.replace("max_seq_len", ""), "no raw keys"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"objective": {"label_smoothing": 0.1}},
+            "The training loss is taken with label smoothing of 0.1, the held-out loss without",
+        ),
+        ({"neftune_noise_alpha": 5}, "The training loss is taken with NEFTune noise of 5, the held-out loss without"),
+        (
+            {"jobs": [{"name": "a"}, {"name": "b", "neftune_noise_alpha": 5}]},
+            "The training loss of b is taken with NEFTune noise",
+        ),
+        ({}, None),
+    ],
+)
+def test_losses_that_cannot_be_compared(tmp_path: Path, fields: dict[str, Any], said: str | None) -> None:
+    folder = write_run(tmp_path / "run", steps=6, jobs=("a", "b") if "jobs" in fields else ("default",))
+    change_config(folder, **fields)
+    text = report_of(folder).text
+    assert said in text if said else "held-out loss without" not in text
+
+
+def test_training_losses_are_means(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=60)
+    losses = [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
+    page = report_of(folder)
+    assert f"{sum(losses[:10]) / 10:.3f} → {sum(losses[-10:]) / 10:.3f}" in page.texts
+    assert "Training losses are means of the first 10 and of the last 10 steps." in page.text
 
 
 def test_a_long_run_is_small_and_keeps_its_spike(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def read(*paths: Path, form: Any = "auto", drops: Drops | None = None):
 
 def lines_of(path: Path, drops: Drops | None = None) -> list[int]:
     """The line numbers of the usable records."""
-    return [int(c.source.removeprefix(f"{path}:")) for c in read(path, drops=drops)]
+    return [int(c.source.removeprefix(f"{path}:").split(" item ")[0]) for c in read(path, drops=drops)]
 
 
 def system(text: str) -> dict[str, str]:
@@ -94,6 +94,7 @@ FORMS = {
         {"conversations": [said("user", "Q"), said("model", "A"), said("human", "Q"), said("assistant", "A")]},
         [user("Q"), assistant("A"), user("Q"), assistant("A")],
     ),
+    "sharegpt with OpenAI's turns": ({"conversations": [user("Q"), assistant("A")]}, [user("Q"), assistant("A")]),
     "messages": ({"messages": [user("Q"), assistant("A")]}, [user("Q"), assistant("A")]),
     "messages with system and more fields": (
         {"id": 7, "messages": [system("S"), user("Q"), {**assistant("A"), "id": "x"}, user("Q2"), assistant("A2")]},
@@ -158,6 +159,22 @@ def test_each_form_is_detected_and_read(data_file, form: str, name: str):
     assert conversation.source == f"{path}:1"
 
 
+COLUMNS_TO_WRITE = {
+    "instruction: Question, output: response": {"id": 1, "Question": "a", "response": "b"},
+    "messages: dialogue": {"dialogue": []},
+    "text: body": {"title": "a", "body": "b"},
+    "instruction: NAME, output: NAME": {"x": 1, "y": 2},
+}
+
+
+@pytest.mark.parametrize("line", COLUMNS_TO_WRITE)
+def test_the_line_to_write_for_other_names_is_shown(data_file, line: str):
+    record, drops = COLUMNS_TO_WRITE[line], Drops()
+    read(data_file(GOOD_LINE + "\n" + json.dumps(record)), drops=drops)
+    [said] = drops.lines()
+    assert f"(they have {', '.join(record)}; say which is which with columns: {{{line}}})" in said
+
+
 def test_forms_may_be_mixed_in_one_file(data_file):
     records = [FORMS[form] for form in ("alpaca", "sharegpt", "messages")]
     path = data_file("\n".join(json.dumps(record) for record, _ in records))
@@ -186,7 +203,7 @@ def test_records_of_another_form_than_named_are_counted(data_file, form: str):
 def test_files_follow_one_another(data_file):
     """In the config's order, each with its own format and places."""
     first, second = data_file(GOOD_LINE, "b.jsonl"), data_file(f"[{GOOD_LINE}, {GOOD_LINE}]", "a.json")
-    assert [c.source for c in read(first, second)] == [f"{first}:1", f"{second}:1", f"{second}:1"]
+    assert [c.source for c in read(first, second)] == [f"{first}:1", f"{second}:1", f"{second}:1 item 2"]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -354,11 +371,11 @@ UNUSABLE = [
         {"messages": [user("Q"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "'arguments' are not JSON",
     ),
-    pytest.param([1, 2], "not JSON objects", id="a list"),
-    pytest.param("text", "not JSON objects", id="a text"),
-    pytest.param(None, "not JSON objects", id="null"),
+    pytest.param([1, 2], "other than JSON objects", id="a list"),
+    pytest.param("text", "other than JSON objects", id="a text"),
+    pytest.param(None, "other than JSON objects", id="null"),
     pytest.param({}, "no known form", id="empty"),
-    pytest.param({"question": "a", "reply": "b"}, "no known form", id="another form"),
+    pytest.param({"question": "a", "reply": "b"}, "columns: {instruction: question, output: reply}", id="another form"),
     pytest.param({"prompt": "a", "completion": " "}, "without an answer", id="blank completion"),
     pytest.param({"prompt": "a", "completion": 1}, "'completion' is not text", id="a number as completion"),
     pytest.param({"text": " "}, "without text", id="blank text"),
@@ -392,9 +409,11 @@ UNUSABLE = [
     pytest.param({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("b")]}, "not text", id="parts"),
     pytest.param({"messages": [user("a")]}, "without an answer", id="no answer"),
     pytest.param({"messages": [user("a"), assistant(" ")]}, "without an answer", id="blank turn"),
-    pytest.param({"messages": [assistant("a"), user("b"), assistant("c")]}, "begin with an answer", id="answer first"),
-    pytest.param({"conversations": [said("gpt", "a")]}, "begin with an answer", id="answer alone"),
-    pytest.param({"conversations": [user("a")]}, "without 'from' and 'value'", id="sharegpt with other names"),
+    pytest.param({"messages": [assistant("a"), user("b"), assistant("c")]}, "beginning with an answer", id="answer first"),
+    pytest.param({"conversations": [said("gpt", "a")]}, "beginning with an answer", id="answer alone"),
+    pytest.param(
+        {"conversations": [{"speaker": "a", "said": "b"}]}, "without 'from' and 'value'", id="sharegpt with other names"
+    ),
     pytest.param({"conversations": [said("oracle", "a")]}, "unknown role", id="sharegpt with an oracle"),
     pytest.param({"instruction": "half an emoji \ud83d", "output": "b"}, "Unicode", id="half an emoji asked"),
     pytest.param({"messages": [user("a"), assistant("half an emoji \ude00")]}, "Unicode", id="half an emoji answered"),
@@ -437,7 +456,7 @@ def test_drops_name_the_first_places_of_each_reason(data_file):
     assert lines_of(path, drops) == [4]
     assert drops.lines() == [
         f"4 records without an answer to learn ({path}:1, {path}:3, {path}:5, ...)",
-        f"2 records that are not JSON objects ({path}:2, {path}:7)",
+        f"2 records other than JSON objects ({path}:2, {path}:7)",
     ]
 
 
@@ -446,3 +465,50 @@ def test_an_empty_answer_among_others_is_no_reason_to_drop(data_file):
     turns = [user("a"), assistant(""), user("b"), assistant("c")]
     [conversation] = read(data_file(json.dumps({"messages": turns})))
     assert list(conversation.messages) == turns
+
+
+# Folders and patterns --------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_is_the_files_it_finds_by_name(data_file, tmp_path: Path):
+    """As in a folder; those it does not find are left."""
+    for name in ("b.jsonl", "a.jsonl", "c.json"):
+        data_file(GOOD_LINE, name)
+    assert [c.source for c in read(tmp_path / "*.jsonl")] == [f"{tmp_path / name}:1" for name in ("a.jsonl", "b.jsonl")]
+    (tmp_path / "deep").mkdir()
+    data_file(GOOD_LINE, "deep/d.jsonl")
+    assert [Path(c.source).name for c in read(tmp_path / "**" / "*.jsonl")] == ["a.jsonl:1", "b.jsonl:1", "d.jsonl:1"]
+
+
+def test_an_ending_may_be_written_large(data_file):
+    assert len(read(data_file(GOOD_LINE, "A.JSONL"))) == 1
+
+
+def test_a_file_with_the_name_of_a_pattern_is_itself(data_file):
+    path = data_file(GOOD_LINE, "a[1].jsonl")
+    data_file(GOOD_LINE, "a1.jsonl")
+    assert [c.source for c in read(path)] == [f"{path}:1"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_files_of_other_kinds_are_counted_by_kind(data_file, tmp_path: Path, pattern: str):
+    for name in ("a.jsonl", "README.md", "notes.md", "table.xlsx", "LICENSE", ".hidden"):
+        data_file(GOOD_LINE, name)
+    drops = Drops()
+    assert len(read(tmp_path / pattern, drops=drops)) == 1
+    assert sorted(drops.lines()) == sorted([
+        f"2 files left out: snugtune does not read .md ({tmp_path / 'README.md'}, {tmp_path / 'notes.md'})",
+        f"1 file left out: snugtune does not read .xlsx ({tmp_path / 'table.xlsx'})",
+        f"1 file left out: snugtune does not read files without an ending ({tmp_path / 'LICENSE'})",
+    ])  # fmt: skip
+
+
+def test_very_many_reasons_are_not_all_told(data_file):
+    """Each record has other names: a message, not a page."""
+    drops = Drops()
+    path = data_file("\n".join([GOOD_LINE, *(json.dumps({f"x{i}": 1}) for i in range(500))]))
+    read(path, drops=drops)
+    assert len(drops.lines()) == 13 and drops.lines()[-1].startswith("and 488 reasons more")
+    wide = Drops()
+    read(data_file(GOOD_LINE + "\n" + json.dumps({f"{i}" * 100: 1 for i in range(100)})), drops=wide)
+    assert len(wide.lines()[0]) < 1000

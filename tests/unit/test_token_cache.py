@@ -196,6 +196,16 @@ def test_another_objectives_code_makes_tokens_anew(tmp_path: Path, monkeypatch: 
     assert files_after() == 2
 
 
+def test_code_is_known_by_all_that_stands_below_its_folder(tmp_path: Path) -> None:
+    inner = tmp_path / "render" / "marks.py"
+    inner.parent.mkdir()
+    inner.write_text("# one way")
+    before = cache_module.code_of(tmp_path)
+    assert cache_module.code_of(tmp_path) == before
+    inner.write_text("# another way")
+    assert cache_module.code_of(tmp_path) != before
+
+
 def test_two_processes_at_once_end_with_whole_files(tmp_path: Path) -> None:
     """Both tokenise the same, write under the same names, and get what one alone would get."""
     context = multiprocessing.get_context("fork")

@@ -42,9 +42,9 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def code_of(folder: Path) -> str:
-    """The code that stands in a folder, as a hash: no version number that somebody could forget to raise."""
+    """The code below a folder, as a hash: no version number that somebody could forget to raise."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

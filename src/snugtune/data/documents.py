@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from snugtune.data.controls import Controls, Token, encoded_plainly
-from snugtune.data.forms import Document, Item
+from snugtune.data.forms import Conversation, Document, Item
+from snugtune.data.render.controls import Controls, Token, encoded_plainly
 from snugtune.data.sources import Drops
 from snugtune.types import Example
 
@@ -24,7 +24,8 @@ def tokenise_documents(items: Iterable[Item], tokenizer: Any, max_seq_len: int, 
     examples: list[Example] = []
     for item in items:
         if not isinstance(item, Document):
-            drops.add(f"{type(item).__name__.lower()}s, which objective clm does not learn (it takes plain text)", item.source)
+            advice = "set objective: sft" if isinstance(item, Conversation) else "it takes plain text"
+            drops.add(f"{type(item).__name__.lower()}s, which objective clm does not learn ({advice})", item.source)
             continue
         pieces = list(_pieces([*reader.tokens(item.text), tokenizer.eos_token_id], max_seq_len))
         if not pieces or item.weight == 0.0:

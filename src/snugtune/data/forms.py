@@ -3,12 +3,13 @@
 A record that is sound but cannot be trained on raises `Unusable` with the reason in words that can be counted.
 """
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Form = Literal["alpaca", "sharegpt", "messages", "prompt", "preference", "text"]
 Message = Mapping[str, Any]
@@ -66,7 +67,7 @@ class Unusable(Exception):
 def read_form(record: Any, form: Form | Literal["auto"], columns: Mapping[str, str], source: str) -> Item:
     """The item in one record. `columns` maps our names to the record's own. Raises `Unusable`."""
     if not isinstance(record, Mapping):
-        raise Unusable("records that are not JSON objects")
+        raise Unusable("records other than JSON objects")
     record = _renamed(record, columns)
     chosen = _detect(record) if form == "auto" else form
     item = _FORMS[chosen](record, source)
@@ -111,7 +112,7 @@ def half_character(value: Any) -> tuple[Any, ...] | None:
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     missing = [theirs for theirs in columns.values() if theirs not in record]
     if missing:
-        raise Unusable(f"records without the column '{missing[0]}' (they have {', '.join(map(str, record))})")
+        raise Unusable(f"records without the column '{missing[0]}' (they have {_names(record)})")
     taken = set(columns.values())
     return {k: v for k, v in record.items() if k not in taken} | {ours: record[theirs] for ours, theirs in columns.items()}
 
@@ -120,7 +121,37 @@ def _detect(record: Mapping[str, Any]) -> Form:
     for form, keys in _SIGNS.items():
         if all(key in record for key in keys):
             return form
-    raise Unusable(f"records of no known form ({', '.join(get_args(Form))})")
+    raise Unusable(f"records of no known form (they have {_names(record)}; {_columns_to_write(record)})")
+
+
+_MOST_NAMES = 8
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    names = [str(name) if len(str(name)) <= 40 else f"{str(name)[:40]}…" for name in itertools.islice(record, _MOST_NAMES)]
+    return f"{', '.join(names)}{', ...' if len(record) > _MOST_NAMES else ''}" if names else "no fields"
+
+
+_MEANINGS: dict[str, tuple[str, ...]] = {
+    "instruction": ("instruction", "question", "query", "prompt", "input", "user", "human", "problem", "request", "q"),
+    "output": ("output", "answer", "response", "reply", "completion", "assistant", "target", "solution", "label", "a"),
+    "messages": ("messages", "conversation", "conversations", "dialogue", "dialog", "turns", "chat"),
+    "text": ("text", "content", "body", "document", "article", "passage"),
+}
+"""Our names, and those that other people's records have for the same, likeliest first."""
+
+
+def _columns_to_write(record: Mapping[str, Any]) -> str:
+    """The line of the config that says what the columns are, as far as their names tell."""
+    by_name = {str(name).lower(): str(name) for name in record}
+    meant = {ours: next((by_name[n] for n in names if n in by_name), None) for ours, names in _MEANINGS.items()}
+    if meant["instruction"] and meant["output"]:
+        told = {"instruction": meant["instruction"], "output": meant["output"]}
+    else:
+        one = next((ours for ours in ("messages", "text") if meant[ours]), None)
+        told = {one: meant[one]} if one else {"instruction": "NAME", "output": "NAME"}
+    said = ", ".join(f"{ours}: {theirs}" for ours, theirs in told.items())
+    return f"say which is which with columns: {{{said}}}"
 
 
 _SIGNS: dict[Form, tuple[str, ...]] = {
@@ -164,7 +195,7 @@ def _conversation(messages: Sequence[Message], source: str, tools: Sequence[Mapp
     if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
         raise Unusable("records without an answer to learn")
     if messages[0]["role"] == "assistant":
-        raise Unusable("records that begin with an answer")
+        raise Unusable("records beginning with an answer")
     return Conversation(tuple(messages), source, tuple(tools))
 
 
@@ -191,7 +222,7 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str) -> tuple[Message,
             raise Unusable(f"records with a turn without '{role_key}' and '{text_key}'")
         role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            raise Unusable("records with a turn of an unknown role")
+            raise Unusable(f"records with a turn of an unknown role ({str(turn[role_key])[:40]!r}; known: {', '.join(_ROLES)})")
         extra = {k: turn[k] for k in _KEPT if turn.get(k) is not None}
         if "tool_calls" in extra:
             extra["tool_calls"] = _tool_calls(extra["tool_calls"])
@@ -266,7 +297,9 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _sharegpt(record: Mapping[str, Any], source: str) -> Conversation:
-    messages = _turns(record.get("conversations"), "conversations", "from", "value")
+    turns = record.get("conversations")
+    openais = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and {"role", "content"} <= turns[0].keys()
+    messages = _turns(turns, "conversations", *(("role", "content") if openais else ("from", "value")))
     return _conversation(_with_system(record, messages), source, _tools(record))
 
 

@@ -5,6 +5,7 @@ Each record comes with its place, `file:line` (`file:row` in tables without line
 
 import codecs
 import csv
+import glob
 import gzip
 import io
 import json
@@ -21,27 +22,54 @@ Records = Iterator[tuple[str, Any]]
 Numbered = Iterator[tuple[int, Any]]
 
 
-def read_records(path: Path) -> Records:
-    """(place, record) of a file, or of all readable files in a folder, by name. Raises `InputError`."""
+def data_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The files that `path` means, by name, and those beside them of kinds that are not read.
+
+    A file, a folder with all in it, or a pattern such as `data/*.jsonl`. Raises `InputError`.
+    """
+    if not path.is_dir() and (path.exists() or not any(c in str(path) for c in "*?[")):
+        return [path], []
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in READERS and not _hidden(p, path))
+        found = [p for p in path.rglob("*") if p.is_file() and not _hidden(p, path)]
+    else:
+        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         if not found:
-            raise InputError(f"data: folder {path} holds no file that snugtune reads ({ENDINGS})")
-        for file in found:
-            yield from read_records(file)
-        return
+            raise InputError(f"data: no file is named like {path} (looked from {Path.cwd()})")
+    read = sorted(p for p in found if kind(p) in READERS)
+    if not read:
+        what = f"folder {path} holds" if path.is_dir() else f"{path} finds"
+        raise InputError(f"data: {what} no file that snugtune reads ({ENDINGS})")
+    return read, sorted(set(found) - set(read))
+
+
+def read_records(path: Path) -> Records:
+    """(place, record) of a file. Raises `InputError`."""
     if not path.is_file():
         wrong = f"{path} is no regular file" if path.exists() else f"no file {path} (looked from {Path.cwd()})"
         raise InputError(f"data: {wrong}")
-    if _ending(path) not in READERS:
-        raise InputError(f"data: {path}: unknown ending '{path.suffix}'; snugtune reads {ENDINGS}")
-    for line, record in READERS[_ending(path)](_read(path), path):
-        yield f"{path}:{line}", record
+    if kind(path) not in READERS:
+        advice = _INSTEAD.get(path.suffix.lower(), "")
+        raise InputError(f"data: {path}: unknown ending '{path.suffix}'; snugtune reads {ENDINGS}{advice}")
+    number, before = 1, 0
+    for line, record in READERS[kind(path)](_read(path), path):
+        number, before = (number + 1 if line == before else 1), line
+        yield f"{path}:{line}" + (f" item {number}" if number > 1 else ""), record
 
 
-def _ending(path: Path) -> str:
+_INSTEAD = {
+    **dict.fromkeys((".yaml", ".yml"), "; is it a config? Data is what a config names"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "; save the table as .csv"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".xz", ".bz2", ".zst"), "; unpack it, and give the folder"),
+    **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), "; name it .jsonl"),
+    **dict.fromkeys((".md", ".rst", ".text", ".log"), "; name it .txt where it is plain text"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".html", ".htm", ".epub"), "; save its text as .txt"),
+}
+"""What to do with files of other kinds."""
+
+
+def kind(path: Path) -> str:
     """The ending that tells the form, less `.gz`."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -68,9 +96,9 @@ def _mistaken_for_data(raw: bytes, path: Path) -> str | None:
         return "a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'"
     if raw.startswith(b"\x1f\x8b"):
         return "compressed twice; unpack it once" if path.suffix == ".gz" else f"gzip-compressed; name it {path.name}.gz"
-    if raw.startswith(b"PAR1") and _ending(path) != ".parquet":
+    if raw.startswith(b"PAR1") and kind(path) != ".parquet":
         return "a parquet file; name it .parquet"
-    if _ending(path) != ".txt" and raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if kind(path) != ".txt" and raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "a web page (HTML), not data; download the file itself"
     return None
 

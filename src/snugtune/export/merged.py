@@ -28,7 +28,8 @@ def export_merged(
     found = locate(run, adapter)
     found.check_trust(trust_remote_code)
     if found.adapter is None:
-        raise InputError(f"{run} tuned the whole model; {found.model} is a model folder already")
+        what = "tuned the whole model" if found.origin != found.model else "holds no adapter"
+        raise InputError(f"{run} {what}; {found.model} is a model folder already")
     source = find_model(found.model, say)
     config = load_config(source, trust_remote_code)
     kept = DTYPES[dtype] if dtype is not None else (config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]

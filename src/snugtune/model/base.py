@@ -28,7 +28,9 @@ AttentionInterface.register(attention.NAME, attention.varlen_attention)
 
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed(dings?)?)$")
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|pos_encoding|positions?_embed(dings?)?)$")
+# ALiBi's distances are a table there, as long as the config says; others make them as they need them.
+_DISTANCE_TABLE = frozenset({"mpt"})
 _MAMBA_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 _DRAWS_EXPERTS = frozenset({"phimoe"})
 # What Mamba's fused kernels take in at once, where they are installed; without them it would be called.
@@ -205,11 +207,18 @@ class Base:
 
     @property
     def max_positions(self) -> int | None:
-        """The length of the model's table of positions (learned, or sines made once); None for models that compute them."""
+        """The length of the model's table of positions (learned, or made once); None for models that compute them."""
         learned = (n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding))
         tables = (*learned, *(n for n, _ in self.model.named_buffers()))
-        has_table = any(_POSITION_TABLE.search(n) for n in tables)
-        return getattr(self.model.config, "max_position_embeddings", None) if has_table else None
+        has_table = self.model.config.model_type in _DISTANCE_TABLE or any(_POSITION_TABLE.search(n) for n in tables)
+        return self.context_length if has_table else None
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence that the model was made for, in tokens; None where its config does not tell."""
+        config = self.model.config.get_text_config()
+        named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        return next((length for length in named if isinstance(length, int) and length > 0), None)
 
 
 def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) -> Base:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from snugtune.errors import InputError
+from snugtune.hub import hub_trouble
 from snugtune.model.formats import Bits4, Dense, Format, Int8
 from snugtune.model.quantize import InMemory, Keeper, Request, open_checkpoint, sample
 from snugtune.model.source import ModelSource
@@ -58,7 +58,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> tuple[PreTra
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for broken files
-        raise InputError(f"model: cannot load the tokenizer of '{source.name}': {_first_line(error)}") from error
+        raise InputError(f"model: cannot load the tokenizer of '{source.name}': {_first_line(error)}{source.hint}") from error
     if not tokenizer.is_fast:
         raise InputError(f"model: the tokenizer of '{source.name}' gives no character offsets; a tokenizer.json is needed")
     if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
@@ -178,30 +178,11 @@ def _silence_dropouts(config: Any) -> list[str]:
     return [f"the base's own dropouts are off ({', '.join(sorted(alive))})"] if alive else []
 
 
-_AGAIN = (408, 429)
-"""Answers of a server that has no time now."""
-
-
 def _first_line(error: Exception) -> str:
-    """What went wrong, shortly; of what the hub refused or the network broke off, what they said, which transformers hides."""
-    cause: BaseException | None = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(cause, RemoteEntryNotFoundError):
-            break  # transformers says which file
-        if status is not None and 400 <= status < 500 and status not in _AGAIN:
-            return _refusal(cause, status)
-        if status is not None or type(cause).__module__.startswith("httpx"):
-            said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            return f"the download broke off ({said}); run the command again"
-        cause = cause.__cause__ or cause.__context__
+    """What went wrong, shortly; of the hub, what it or the network said, which transformers hides."""
+    if (reason := hub_trouble(error, "model")) is not None:
+        return reason
+    if str(error).startswith("Can't load the model for"):  # transformers' word for a hub that fails: it drops the status
+        return "its files did not come from the hub, which may be in trouble; run the command again later"
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _refusal(error: BaseException, status: int) -> str:
-    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
-        return "no such model on the hub; check the name, or log in with 'hf auth login' if it is private"
-    if isinstance(error, GatedRepoError) or status in (401, 403):
-        return f"the hub gives no access to it ({status}); if it is gated, ask for it on its page; log in with 'hf auth login'"
-    return f"the hub does not have it, or refuses it ({status}); check the name"

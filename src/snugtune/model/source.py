@@ -1,5 +1,6 @@
 """From what the user calls a model to files on this disk."""
 
+import difflib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,14 @@ def find_model(reference: str, say: Say = mute) -> ModelSource:
         raise InputError(f"model: {path} is a file; give a folder of a transformers model or a .gguf file")
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise InputError(f"model: no folder {path}")
-    return ModelSource(reference, reference)
+    return ModelSource(reference, reference, hint=_meant(reference))
+
+
+def _meant(reference: str) -> str:
+    """What else a name may have been meant for that is nothing here: `demo`, or a folder of the working directory."""
+    here = [config.parent.name for config in Path().glob("*/config.json")]
+    near = difflib.get_close_matches(reference, [DEMO, *sorted(here)], n=1)
+    return f" (or did you mean '{near[0]}'?)" if near else ""
 
 
 def _check_fetched(folder: Path) -> None:

@@ -98,7 +98,7 @@ def chart(
         return None
     steps = [x for t in traces for x in (t.series.xs[:1] + t.series.xs[-1:])] + list(skips)
     x, y = step_scale(min(steps), max(steps)), value_scale([v for _, v in points], zero)
-    layers = [layer for trace in traces for layer in _layers(trace, x, y, buckets)]
+    layers = [layer for trace in traces if trace.series.finite() for layer in _layers(trace, x, y, buckets)]
     if skips:
         marks = sorted({x.place(step) for step in skips})
         layers.append(Layer("skips", "skipped steps", 0, "".join(f"M{at} {SIDE}v-400" for at in marks)))

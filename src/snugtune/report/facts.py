@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from snugtune.config import RunConfig, read_config
+from snugtune.config import JobConfig, RunConfig, read_config
 from snugtune.errors import InputError
-from snugtune.folder import RunFolder
+from snugtune.folder import RunFolder, runs_near
 
 SERIES = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory")
 
@@ -71,6 +71,7 @@ class JobFacts:
     samples: list[Sample] = field(default_factory=list)
     artefact: Path | None = None
     keep_best: bool = False
+    config: JobConfig | None = None
 
     @property
     def finished(self) -> bool:
@@ -97,6 +98,7 @@ class RunFacts:
 
     folder: Path
     config: str
+    model: str | None  # None: unknown
     plan: dict[str, Any]
     jobs: list[JobFacts]
     problems: list[str]
@@ -110,44 +112,39 @@ def read_facts(path: Path) -> RunFacts:
     """Read a run folder. Raises `InputError` where it is none; files that are missing or broken only leave gaps."""
     run = RunFolder(path)
     if not run.config.is_file():
-        raise InputError(f"{path} is not a run folder (no config.yaml); give the 'output' of a run")
+        raise InputError(f"{path} is not a run folder (no config.yaml); {runs_near(path)}")
     problems: list[str] = []
     jobs: dict[str, JobFacts] = {}
     config = _config(run, problems)
     for job in config.resolved_jobs() if config else ():
-        jobs[job.name] = JobFacts(job.name, artefact=run.artefact(job), keep_best=job.keep_best)
-    for line in _lines(run.metrics, problems):
-        try:
-            jobs.setdefault(line["job"], JobFacts(line["job"])).add(line)
-        except (KeyError, TypeError, ValueError):
-            _once(problems, f"{run.metrics.name} holds lines that are no metrics; they are left out")
+        jobs[job.name] = JobFacts(job.name, artefact=run.artefact(job), keep_best=job.keep_best, config=job)
+
+    def take_step(line: dict[str, Any]) -> None:
+        facts = jobs.get(line["job"]) or JobFacts(str(line["job"]))
+        facts.add(line)
+        jobs[facts.name] = facts
+
+    def take_sample(line: dict[str, Any]) -> None:
+        sample = Sample.model_validate(line)
+        jobs.setdefault(sample.job, JobFacts(sample.job)).samples.append(sample)
+
+    _each_line(run.metrics, take_step, problems)
     for name, facts in _data(run, problems).items():
         jobs.setdefault(name, JobFacts(name)).data = facts
-    for line in _lines(run.samples, problems):
-        try:
-            sample = Sample.model_validate(line)
-        except ValidationError:
-            _once(problems, f"{run.samples.name} holds lines that are no samples; they are left out")
-        else:
-            jobs.setdefault(sample.job, JobFacts(sample.job)).samples.append(sample)
+    _each_line(run.samples, take_sample, problems)
     text = run.config.read_text(encoding="utf-8", errors="replace")
-    return RunFacts(path, text, _plan(run, problems), list(jobs.values()), problems)
+    return RunFacts(path, text, config.model if config else None, _plan(run, problems), list(jobs.values()), problems)
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _once(problems: list[str], text: str) -> None:
-    if text not in problems:
-        problems.append(text)
+    return float(value) if isinstance(value, (int, float)) and abs(value) < math.inf else None
 
 
 def _config(run: RunFolder, problems: list[str]) -> RunConfig | None:
     try:
         return read_config(run.config)
     except InputError as error:
-        problems.append(f"config.yaml is not one of this version, so results are not looked for: {error}")
+        problems.append(f"config.yaml cannot be used, so results are not looked for: {error}")
         return None
 
 
@@ -155,7 +152,7 @@ def _plan(run: RunFolder, problems: list[str]) -> dict[str, Any]:
     try:
         return run.read_plan()
     except InputError:
-        problems.append("plan.json cannot be read")
+        problems.append("plan.json cannot be read; the plan is left out")
         return {}
 
 
@@ -165,21 +162,21 @@ def _data(run: RunFolder, problems: list[str]) -> dict[str, DataFacts]:
     try:
         return TypeAdapter(dict[str, DataFacts]).validate_json(run.data.read_bytes())
     except (OSError, ValidationError):
-        problems.append("data.json cannot be read")
+        problems.append("data.json cannot be read; the facts about the data are left out")
         return {}
 
 
-def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, up to a last line that is only half written."""
+def _each_line(path: Path, take: Callable[[dict[str, Any]], None], problems: list[str]) -> None:
+    """Hand over the objects of a JSONL file, up to a last line that is only half written; what is none is counted and named."""
     if not path.is_file():
         return
+    bad: list[int] = []
     with path.open(encoding="utf-8", errors="replace") as stream:
-        for text in takewhile(lambda line: line.endswith("\n"), stream):
+        for number, text in enumerate(takewhile(lambda line: line.endswith("\n"), stream), 1):
             try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if isinstance(line, dict):
-                yield line
-            else:
-                _once(problems, f"{path.name} holds lines that are no JSON objects; they are left out")
+                take(json.loads(text))
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # whatever stands there
+                bad.append(number)
+    if bad:
+        which = f"line {bad[0]} is" if len(bad) == 1 else f"{len(bad)} lines (the first is line {bad[0]}) are"
+        problems.append(f"{path.name}: {which} broken and left out")

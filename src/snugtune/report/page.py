@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
@@ -18,6 +18,8 @@ from snugtune.files import write_whole
 from snugtune.folder import RunFolder
 from snugtune.report.charts import SIDE, Chart, Trace, bucketed, chart, line, number, running_mean, step_scale, value_scale
 from snugtune.report.facts import JobFacts, RunFacts, Sample, Series, read_facts
+from snugtune.report.words import about, incomparable, method, plan_in_words, size
+from snugtune.training.metrics import mean_ends, steps_of_mean
 
 POINTS = 2400
 """Points a chart may have, shared by the jobs of the page: with 20 jobs it stays below a megabyte."""
@@ -37,6 +39,7 @@ class Row:
     """One job in the overview. `result`: where it lies in the run folder; `colour` and `dash`: how its line looks."""
 
     job: JobFacts
+    method: str
     loss: str
     held_out: str
     best: str
@@ -70,15 +73,19 @@ class Prompt:
     between: list[Sample]
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(folder: Path, output: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
     """Write the page of a run (to `report.html` in its folder). Raises `InputError`, `StorageError`.
 
-    An `output` that exists is written over only where it is such a page.
+    An `output` that exists is written over only where it is such a page. `say` is told which files are broken; the page says
+    so too, and shows the rest.
     """
     target = output or RunFolder(folder).report
     if output is not None and target.exists() and not _is_report(target):
         raise InputError(f"--output {target}: it exists and is no report of snugtune; give another file")
-    write_whole(target, render(read_facts(folder)))
+    facts = read_facts(folder)
+    write_whole(target, render(facts))
+    for problem in facts.problems:
+        say(problem)
     return target
 
 
@@ -113,7 +120,9 @@ def render(run: RunFacts, written: datetime | None = None) -> str:
         charts=_charts_of_all(rows, max(60, points // 2)) if len(rows) > 1 else [],
         jobs=[_shown(row, run.plan, points) for row in rows],
         folded=len(rows) > OPEN_JOBS,
-        plan=list(_flat(run.plan)),
+        plan=plan_in_words(run.plan),
+        about=about(run),
+        notes=_notes(run, rows),
         side=SIDE,
         places=PLACES,
         limit=limit,
@@ -138,8 +147,9 @@ def _row(job: JobFacts, index: int) -> Row:
         held = [point for point in held if point[0] <= best[0]]
     return Row(
         job,
-        _course(losses),
-        _course(held),
+        method(job.config) if job.config else "",
+        _course(mean_ends([y for _, y in losses], steps_of_mean(len(losses)))),
+        _course([y for _, y in held]),
         best_text,
         state,
         result,
@@ -149,10 +159,18 @@ def _row(job: JobFacts, index: int) -> Row:
     )
 
 
-def _course(points: Sequence[tuple[int, float]]) -> str:
-    if not points:
-        return "-"
-    return " → ".join(f"{y:.3f}" for _, y in (points if len(points) == 1 else (points[0], points[-1])))
+def _course(values: Sequence[float]) -> str:
+    """First and last of a series."""
+    return " → ".join(f"{y:.3f}" for y in (values[:1] if len(values) < 2 else (values[0], values[-1]))) or "-"
+
+
+def _notes(run: RunFacts, rows: Sequence[Row]) -> list[str]:
+    """What must be known to read the losses."""
+    counts = sorted({steps_of_mean(len(row.job.series["loss"].finite())) for row in rows if row.loss != "-"})
+    span = f"{counts[0]} to {counts[-1]}" if counts[1:] else "".join(map(str, counts))
+    means = f"Training losses are means of the first {span} and of the last {span} steps." if counts[-1:] > [1] else None
+    held_out = [job.config for job in run.jobs if job.config and job.series["eval_loss"].finite()]
+    return [note for note in (means, incomparable(held_out)) if note]
 
 
 def _spark(series: Series) -> str:
@@ -184,7 +202,7 @@ def _shown(row: Row, plan: Mapping[str, Any], points: int) -> Shown:
     scale, unit = _memory_unit(job.series["peak_memory"])
     memory = [Trace("peak so far", _scaled(job.series["peak_memory"], scale))]
     budget, steps = plan.get("budget_bytes"), job.series["peak_memory"].xs
-    if isinstance(budget, (int, float)) and steps:
+    if isinstance(budget, (int, float)) and 0 < budget < 2**60 and steps:  # a broken plan may hold anything
         memory.append(Trace("budget", Series([steps[0], steps[-1]], [budget / scale] * 2), 6))
     s = job.series
     drawn = [
@@ -258,26 +276,6 @@ def _memory_unit(series: Series) -> tuple[float, str]:
 
 def _scaled(series: Series, scale: float) -> Series:
     return Series(series.xs, [None if y is None else y / scale for y in series.ys])
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as (dotted name, text)."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and not all(isinstance(v, (int, float)) for v in value):
-        yield path, "\n".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in value)
-    elif path.endswith("_bytes"):
-        yield path, size(value)
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def size(count: Any) -> str:
-    """Bytes in a person's unit."""
-    if not isinstance(count, (int, float)):
-        return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def share(part: int, whole: int) -> str:

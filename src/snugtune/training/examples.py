@@ -19,6 +19,7 @@ from snugtune.errors import InputError
 from snugtune.files import cache_dir
 from snugtune.objectives import objective_of
 from snugtune.types import Example, Prompt
+from snugtune.words import counted
 
 SUMMARY_BUCKETS = 24
 
@@ -33,22 +34,30 @@ class JobText:
     train: tuple[Item, ...]
     held_out: tuple[Item, ...]
     drops: Drops
+    mixture: str = ""  # how much of each source, where they are interleaved
 
 
 @dataclass(frozen=True)
 class JobData:
-    """A job's tokenised examples; `drops`: what was cut or left out on the way; `prompts`: what it is asked meanwhile."""
+    """A job's tokenised examples; `drops`: what was cut or left out on the way; `prompts`: what it is asked meanwhile.
+
+    `mixture` says how much an epoch takes of each source, where they are interleaved.
+    """
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...] = ()
     drops: Drops = field(default_factory=Drops)
     prompts: tuple[Prompt, ...] = ()
+    mixture: str = ""
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What was left out or cut, and how much is left, in words."""
-        size = f"{len(self.train):,} training examples, {self.tokens:,} tokens ({self.label_tokens:,} trained)"
-        return (*self.drops.lines(), size + (f"; {len(self.held_out):,} held out" if self.held_out else ""))
+        size = (
+            f"{counted(len(self.train), 'training examples')}, {counted(self.tokens, 'tokens')} ({self.label_tokens:,} trained)"
+        )
+        mixture = (self.mixture,) if self.mixture else ()
+        return (*self.drops.lines(), *mixture, size + (f"; {len(self.held_out):,} held out" if self.held_out else ""))
 
     @property
     def tokens(self) -> int:
@@ -88,23 +97,26 @@ def read_job(job: JobConfig) -> JobText:
     drops = Drops()
     sources = read_sources(job.data, drops)
     if job.validation is None:
-        return JobText(_mixed(job, sources), (), drops)
+        return _mixed(job, sources, (), drops)
     if isinstance(job.validation, (str, SourceConfig)):
         source = SourceConfig(path=job.validation) if isinstance(job.validation, str) else job.validation
-        (held_out,) = read_sources((source,), drops)
-        return JobText(_mixed(job, sources), tuple(held_out), drops)
+        (held_out,) = read_sources((source,), drops, "validation")
+        return _mixed(job, sources, held_out, drops)
     if all(len(items) < 2 for items in sources):
         raise InputError("validation: 1 example cannot be split; give more data or no validation")
     # Each source is split by itself: what is held out never comes back as a repeat of the mixture.
     parts = [split(items, job.validation, job.seed) if len(items) > 1 else (items, []) for items in sources]
-    return JobText(_mixed(job, [train for train, _ in parts]), tuple(item for _, held in parts for item in held), drops)
+    return _mixed(job, [train for train, _ in parts], [item for _, held in parts for item in held], drops)
 
 
-def _mixed(job: JobConfig, sources: Sequence[Sequence[Item]]) -> tuple[Item, ...]:
+def _mixed(job: JobConfig, sources: Sequence[Sequence[Item]], held_out: Sequence[Item], drops: Drops) -> JobText:
     if not isinstance(job.mixing, InterleaveConfig):
-        return tuple(item for items in sources for item in items)
+        return JobText(tuple(item for items in sources for item in items), tuple(held_out), drops)
     order = interleave([len(items) for items in sources], [source.weight for source in job.data], job.mixing.until)
-    return tuple(sources[source][index] for source, index in order)
+    taken = Counter(source for source, _ in order)
+    told = (f"{taken[n]:,} of {source.path} (it has {len(sources[n]):,})" for n, source in enumerate(job.data))
+    train = tuple(sources[source][index] for source, index in order)
+    return JobText(train, tuple(held_out), drops, f"an epoch takes {', '.join(told)}")
 
 
 def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, note: Callable[[str], None]) -> JobData:
@@ -126,7 +138,7 @@ def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, no
     asked = _prompts(job, text, tokenizer) if job.samples.wanted else ()
     if job.samples.wanted and not asked:
         note(f"samples ({job.name}): no example has a question that leaves room for an answer; give samples.prompts")
-    data = JobData(examples(text.train), examples(text.held_out), text.drops, asked)
+    data = JobData(examples(text.train), examples(text.held_out), text.drops, asked, text.mixture)
     if cache.problem:
         note(f"data ({job.name}): {cache.problem}")
     return data

@@ -169,6 +169,16 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     )
 
 
+def length_remark(base: Base, config: JobConfig, data: JobData) -> str | None:
+    """What to say of a `max_seq_len` beyond the length that the base was made for."""
+    made_for = base.context_length
+    if made_for is None or config.max_seq_len <= made_for:
+        return None
+    longer = sum(len(example.tokens) > made_for for example in (*data.train, *data.held_out))
+    what = f"{longer:,} examples are longer, and it does badly there" if longer else "no example is longer"
+    return f"max_seq_len {config.max_seq_len} is beyond the {made_for} tokens that '{base.name}' was made for; {what}"
+
+
 def _check_fits(base: Base, config: JobConfig, data: JobData) -> None:
     """Refuse tokens and lengths that the base has no embedding for."""
     wordy = next((p for p in data.prompts if len(p.tokens) >= (base.max_positions or math.inf)), None)

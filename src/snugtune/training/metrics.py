@@ -11,6 +11,9 @@ from typing import Any
 from snugtune.errors import InputError, StorageError
 from snugtune.files import write_whole
 
+MEAN_STEPS = 10
+"""Steps at each end of a run whose mean stands for its loss there: single batches differ too much."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -89,6 +92,17 @@ def held_out_course(lines: Sequence[Mapping[str, Any]], keep_best: bool) -> list
     if not (keep_best and trained):
         return [loss for _, loss in held]
     return [loss for step, loss in held if step == 0] + trained[: trained.index(min(trained)) + 1]
+
+
+def steps_of_mean(count: int) -> int:
+    """How many steps to take the mean of at each end of `count` steps: never one twice, but at least one."""
+    return max(1, min(MEAN_STEPS, count // 2))
+
+
+def mean_ends(losses: Sequence[float], count: int) -> list[float]:
+    """The means of the first and the last `count` losses: [first, last], one value where there is one step, else nothing."""
+    ends = [losses[:count], losses[-count:]] if len(losses) > 1 else [losses] if losses else []
+    return [sum(end) / len(end) for end in ends]
 
 
 def _up_to(path: Path, resume_at: Mapping[str, int]) -> list[str]:

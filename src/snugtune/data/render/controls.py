@@ -28,6 +28,19 @@ class Barred:
         self._words = _anyone(self._tokens)
         self._normal_words = _anyone({*self._tokens, *normal} - {""})
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """The ids of these tokens."""
+        return self._ids
+
+    def words(self, text: str) -> list[tuple[int, int]]:
+        """The places [start, end) in a text that read like such a token."""
+        places: list[tuple[int, int]] = []
+        for found in self._words.finditer(text):
+            if not places or found.start() >= places[-1][1]:
+                places.append(found.span(1))
+        return places
+
     def cuts(self, text: str) -> list[int]:
         """Where the text is to be cut. Two cuts around one character: it alone could become such a token."""
         places: set[int] = set()

@@ -1,38 +1,21 @@
-"""From conversations to tokens and loss weights, through the model's own chat template.
+"""Conversations through a model's own chat template: the text, which parts of it are trained, and their tokens."""
 
-Only what the assistant says is trained, up to and including the end-of-turn token that generation stops at. The borders
-are found by rendering prefixes of the conversation: what a turn adds to the text before it is that turn. Templates that
-rewrite earlier turns (Qwen3 drops old thinking) have no common text; there each assistant turn becomes its own example.
-
-What somebody says never becomes a control token: where a message holds the text of one, a `BREAK` is put inside it before
-the template is rendered, and the rendered text is encoded in pieces between the breaks. A character that is one by itself
-stands behind a `PLAIN`.
-"""
-
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from jinja2 import TemplateError
 
-from snugtune.data.calls import Calls
-from snugtune.data.controls import Barred, Controls, Token, encoded
-from snugtune.data.forms import Conversation, Item, Message
-from snugtune.data.sources import Drops
+from snugtune.data.forms import Message
+from snugtune.data.render.calls import Calls
+from snugtune.data.render.controls import Controls
+from snugtune.data.render.marks import encoded_by_marks, with_marks
 from snugtune.errors import InputError
-from snugtune.types import Example
 
 Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, Any]]
 TrainOn = Literal["answers", "last_answer", "everything"]
-BREAK = "\U000f0002"  # private use: stands in rendered text where two pieces must not become one token
-PLAIN = "\U000f0003"  # before a character that must not become a special token, and that a BREAK follows
-_MARKS = re.compile(f"[{BREAK}{PLAIN}]")
-_PIECE = re.compile(f"{PLAIN}?([^{BREAK}{PLAIN}]+)")
 TRAINING_DATE = datetime(2025, 1, 1)
 """What templates that ask for today's date (`strftime_now`: Llama 3, Granite) get in training: examples must not change
 overnight."""
@@ -81,8 +64,8 @@ class Renderer:
         plain = []
         for message in self.calls.told(messages):
             barred = self._controls.special if message["role"] == "assistant" else self._controls.all
-            plain.append({key: _broken(value, barred) for key, value in message.items() if key != "weight"})
-        return self._apply(plain, [_broken(tool, self._controls.all) for tool in tools], for_answer)
+            plain.append({key: with_marks(value, barred) for key, value in message.items() if key != "weight"})
+        return self._apply(plain, [with_marks(tool, self._controls.all) for tool in tools], for_answer)
 
     def _apply(self, messages: Messages, tools: Tools = (), for_answer: bool = False) -> str:
         """The template's text. Whatever it stumbles over is a `TemplateError`, as what it refuses."""
@@ -99,7 +82,7 @@ class Renderer:
 
     def prompt(self, messages: Messages, tools: Tools = ()) -> list[int]:
         """Token ids after which the model answers."""
-        return [token for token, _, _ in self._encode(self.template(messages, for_answer=True, tools=tools))]
+        return [token for token, _, _ in encoded_by_marks(self.tokenizer, self.template(messages, for_answer=True, tools=tools))]
 
     def render(self, messages: Messages, tools: Tools = ()) -> tuple[Rendered, ...]:
         """One example, or one per assistant turn where the template rewrites earlier turns."""
@@ -184,18 +167,11 @@ class Renderer:
     def _owned(self, rendered: Rendered, start: int, end: int) -> tuple[list[int], list[int]]:
         """Ids of a part of the text, and for each the span that it belongs to (-1: none)."""
         ids, owners = [], []
-        for token, low, high in self._encode(rendered.text[start:end]):
+        for token, low, high in encoded_by_marks(self.tokenizer, rendered.text[start:end]):
             place = (low + start, high + start)
             ids.append(token)
             owners.append(next((n for n, span in enumerate(rendered.spans) if _belongs(rendered.text, place, span)), -1))
         return ids, owners
-
-    def _encode(self, text: str) -> Iterator[Token]:
-        """The tokens of rendered text; none reaches over a mark."""
-        for found in _PIECE.finditer(text):
-            at, piece = found.start(1), found[1]
-            for token, low, high in encoded(self.tokenizer, piece, plain=len(found[0]) > len(piece), inside=at > 0):
-                yield token, low + at, high + at
 
     def _end_of(self, span: int, ids: list[int], owners: list[int]) -> int | None:
         """Where the span's closing end token stands: the first, where several close it."""
@@ -232,24 +208,6 @@ def _dated(template: str, today: datetime) -> str:
     return f"{{%- macro strftime_now(format) -%}}{parts}{{%- endmacro -%}}{template}"
 
 
-def _broken(value: Any, barred: Barred) -> Any:
-    """`value` with marks where a barred token would come of it, at any depth."""
-    if isinstance(value, str):
-        return _marked(_MARKS.sub("", value), barred)
-    if isinstance(value, Mapping):
-        return {_broken(k, barred): _broken(v, barred) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_broken(v, barred) for v in value]
-    return value
-
-
-def _marked(text: str, barred: Barred) -> str:
-    cuts = barred.cuts(text)
-    alone = {low for low, high in pairwise(cuts) if high == low + 1}
-    pieces = pairwise([0, *cuts, len(text)])
-    return BREAK.join((PLAIN if low in alone and high > low else "") + text[low:high] for low, high in pieces) if cuts else text
-
-
 def _end_of_shared(opening: str, marked: str) -> int:
     """Where `marked` but for blanks at its end ends most like `opening`."""
     ends = range(len(marked.rstrip()), len(marked) + 1)
@@ -267,46 +225,3 @@ def _belongs(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
     (first, last), (low, high) = token, span
     blanks, inside = text[first : max(first, low)], text[max(first, low) : last]
     return last <= high and (not blanks or (blanks.isspace() and bool(inside.strip())))
-
-
-def render_all(
-    items: Iterable[Item], tokenizer: Any, max_seq_len: int, drops: Drops, train_on: TrainOn = "answers"
-) -> list[Example]:
-    """Tokenise all conversations, cut to `max_seq_len`; what is cut or dropped is counted."""
-    renderer = Renderer(tokenizer, TRAINING_DATE, train_on)
-    examples: list[Example] = []
-    for conversation in items:
-        if not isinstance(conversation, Conversation):
-            drops.add(f"{type(conversation).__name__.lower()}s, which objective sft does not learn", conversation.source)
-            continue
-        try:
-            pieces = renderer.render(conversation.messages, conversation.tools)
-        except TemplateError as error:
-            drops.add(f"examples the chat template refuses ({error})", conversation.source)
-            continue
-        if conversation.tools and not renderer.calls.shows_tools:
-            drops.add("lists of tools left out by the chat template (the rest of the example is used)", conversation.source)
-        if len(pieces) > 1:
-            drops.add(
-                "conversations split into one example per answer, since the template rewrites earlier turns", conversation.source
-            )
-        for piece in pieces:
-            ids, weights = renderer.tokenize(piece)
-            example = _to_example(ids, [conversation.weight * w for w in weights], conversation.source, max_seq_len, drops)
-            if example is not None:
-                examples.append(example)
-    return examples
-
-
-def _to_example(ids: list[int], weights: list[float], source: str, max_seq_len: int, drops: Drops) -> Example | None:
-    if weights:
-        weights[0] = 0.0  # nothing predicts the first token
-    if len(ids) > max_seq_len:
-        if not any(weights[:max_seq_len]):
-            drops.add(f"examples dropped: their answers begin after max_seq_len={max_seq_len} tokens", source)
-            return None
-        drops.add(f"examples cut to max_seq_len={max_seq_len} tokens", source)
-    if not any(weights):
-        drops.add("examples dropped: nothing to learn in them", source)
-        return None
-    return Example(torch.tensor(ids[:max_seq_len]), torch.tensor(weights[:max_seq_len]), source)

@@ -1,10 +1,13 @@
 """How a chat template takes calls of tools and their results: found by giving it a small talk with marks in it.
 
-Most templates want a call's arguments as an object, some as JSON text. Templates that know no tools leave calls out without a
-word: an empty answer would be learned in their place.
+Most templates want a call's arguments as an object, some as JSON text. Mistral's refuse calls
+whose ids are not 9 letters long: they get such. Templates that know no tools leave calls out without a word: an empty answer
+would be learned in their place.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -54,6 +57,36 @@ def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
 _FORMS = (_as_it_is, _as_text)
 
 
+_ID_LENGTH = 9
+_SHORT_ID = re.compile(rf"[A-Za-z0-9]{{{_ID_LENGTH}}}")
+
+
+def with_short_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with ids of 9 letters and digits for calls that have none, or another kind, and for their results.
+
+    An id follows from the one that was there, else from the call's place: every run makes the same.
+    """
+    told, waiting = [], list[str]()
+    for index, message in enumerate(messages):
+        if calls := message.get("tool_calls"):
+            ids = [_short_id(call.get("id") or f"{index}.{n}") for n, call in enumerate(calls)]
+            message = {**message, "tool_calls": [{**call, "id": id_} for call, id_ in zip(calls, ids, strict=True)]}
+            waiting = ids
+        elif message["role"] == "tool":
+            own = message.get("tool_call_id")
+            id_ = _short_id(own) if own else waiting[0] if waiting else _short_id(f"{index}")
+            waiting = [other for other in waiting if other != id_]
+            message = {**message, "tool_call_id": id_}
+        told.append(message)
+    return told
+
+
+def _short_id(given: Any) -> str:
+    if _SHORT_ID.fullmatch(str(given)):
+        return str(given)
+    return hashlib.blake2b(str(given).encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
+
+
 class Calls:
     """Brings messages into the form that a template takes calls in.
 
@@ -69,12 +102,26 @@ class Calls:
         """The messages for the template. Raises where it would leave a call or a result out."""
         if not any(m.get("tool_calls") for m in messages) and any(m["role"] == "tool" for m in messages):
             self._check_results()
-        return [self._told(m) if m.get("tool_calls") else m for m in messages]
+        told = [self._told(m) if m.get("tool_calls") else m for m in messages]
+        return with_short_ids(told) if any(m.get("tool_calls") for m in messages) and self._wants_short_ids else told
 
     @cached_property
     def shows_tools(self) -> bool:
         """Whether the template says which tools there are."""
         return any(self._shows_tool(talk) for talk in _TALKS)
+
+    @cached_property
+    def _wants_short_ids(self) -> bool:
+        """Whether the template refuses calls without an id of `_ID_LENGTH` letters (Mistral's do)."""
+        calls = [{**_CALL, "id": "snugtune-call-1"}], [{k: v for k, v in _CALL.items() if k != "id"}]
+        return self._shows_calls([_CALL]) and not any(self._shows_calls(odd) for odd in calls)
+
+    def _shows_calls(self, calls: Sequence[Mapping[str, Any]]) -> bool:
+        told = self._told({"role": "assistant", "content": "", "tool_calls": calls})
+        try:
+            return _RESULT in self._render([_ASKED, told, *_ANSWERED])
+        except TemplateError:
+            return False
 
     def _shows_tool(self, talk: Sequence[Message]) -> bool:
         try:

@@ -1,0 +1,10 @@
+"""Plain words for numbers of things."""
+
+import re
+
+_PLURAL = re.compile(r"^([a-z]+?(?: [a-z]+?)?)s\b")
+
+
+def counted(count: int, things: str) -> str:
+    """`3 training examples left`, `1 training example left`: the first or second word of `things` is a plain plural."""
+    return f"{count:,} " + (_PLURAL.sub(r"\1", things) if count == 1 else things)
