@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
 from snugtune.model import attention, proofs
-from snugtune.model.frozen import FrozenLinear, freeze_linears
+from snugtune.model.frozen import FrozenLinear, freeze_linears, plain_products
 from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.quantize import ROUTER_NAME, sample
@@ -68,27 +68,33 @@ class Base:
         self.linear_names = tuple(linears)
         self.conv1d_names = frozenset(n for n, m in linears.items() if isinstance(m, Conv1D) or getattr(m, "transposed", False))
         self.moe = _count_experts(model) is not None
-        if not proofs.is_finite(model, self.body):
-            raise InputError(f"model: the weights of '{name}' give states that are not finite; its files may be damaged")
-        if proofs.sees_ahead(model, self.body, self.moe):
-            kind = model.config.model_type
-            raise InputError(f"model: '{name}' ({kind}) is not a causal language model: its tokens see those after them")
-        self.read_past = proofs.read_past(model, self.linear_names)
-        obstacle = proofs.packing_obstacle(model, self.body, self.moe)
-        self.packable = obstacle is None
         self.notes = notes
-        if obstacle is not None:
-            self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
-        head = proofs.plain_head(model, self.body)
-        self.own_head = head is None
-        self.body = None if self.own_head else self.body
-        self.head = Head(None, Logits()) if head is None else Head(*head, router=self.router)
+        with plain_products(model):
+            self._prove()
         if self.packable:
             model.set_attn_implementation(attention.NAME)
         if model.config.model_type in _DRAWS_EXPERTS:
             self.notes += ("it draws its experts at random in training: no two runs are alike, and resuming is not bit-exact",)
         if self.own_head:
             self.notes += ("the model's head is not a plain projection; using its own, unchunked (more memory)",)
+
+    def _prove(self) -> None:
+        """Try what config and names do not tell: causality, what is called in training, packing, the head."""
+        model = self.model
+        if not proofs.is_finite(model, self.body):
+            raise InputError(f"model: the weights of '{self.name}' give states that are not finite; its files may be damaged")
+        if proofs.sees_ahead(model, self.body, self.moe):
+            kind = model.config.model_type
+            raise InputError(f"model: '{self.name}' ({kind}) is not a causal language model: its tokens see those after them")
+        self.read_past = proofs.read_past(model, self.linear_names)
+        obstacle = proofs.packing_obstacle(model, self.body, self.moe)
+        self.packable = obstacle is None
+        if obstacle is not None:
+            self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
+        head = proofs.plain_head(model, self.body)
+        self.own_head = head is None
+        self.body = None if self.own_head else self.body
+        self.head = Head(None, Logits()) if head is None else Head(*head, router=self.router)
 
     @property
     def device(self) -> torch.device:

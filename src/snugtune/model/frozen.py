@@ -4,6 +4,8 @@ A `FrozenLinear` fetches its weight when it needs it (in forward, in recompute a
 on the autograd context. That one rule is what makes quantised and streamed weights safe: nothing holds on to a transient.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from snugtune.model.formats import Dense, Format, Parts
+from snugtune.model.formats import Dense, Format, Int8, Parts
 
 
 class FrozenLinear(nn.Linear):
@@ -114,6 +116,19 @@ def _computes_linear(module: nn.Linear) -> bool:
         x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
         out = module(x)
         return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
+
+
+@contextmanager
+def plain_products(model: nn.Module) -> Iterator[None]:
+    """Inside the block activations are not rounded to 8 bits, which would drown what is looked for in noise."""
+    rounding = {m: m.format for m in model.modules() if isinstance(m, FrozenLinear) and isinstance(m.format, Int8)}
+    for layer in rounding:
+        layer.format = Int8()
+    try:
+        yield
+    finally:
+        for layer, format in rounding.items():
+            layer.format = format
 
 
 def freeze_linears(model: nn.Module) -> None:
