@@ -178,9 +178,15 @@ def test_a_question_that_asks_nothing(ran: Path, text: str) -> None:
     refused(ran, "chat", "out", "--prompt", text, named=("--prompt", "empty"))
 
 
-@pytest.mark.parametrize("args", [("chat", "tmp", "--prompt", "Hi"), ("export", "config.yaml", "--to", "merged")])
-def test_no_results_at_all(ran: Path, args: tuple[str, ...]) -> None:
-    refused(ran, *args, named=("neither a run folder",))
+NO_RUN = {
+    "neither a run folder": ("chat", "tmp", "--prompt", "Hi"),
+    "config.yaml is a file": ("export", "config.yaml", "--to", "merged"),
+}
+
+
+@pytest.mark.parametrize(("why", "args"), NO_RUN.items())
+def test_no_results_at_all(ran: Path, why: str, args: tuple[str, ...]) -> None:
+    refused(ran, *args, named=(why,))
 
 
 def test_a_template_that_refuses_a_question(ran: Path) -> None:
