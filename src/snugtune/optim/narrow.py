@@ -52,14 +52,16 @@ class NarrowState(torch.optim.Optimizer):
         if not set(state_dict["state"]) <= set(range(len(weights))):
             raise ValueError("the optimizer's state is of more weights than there are")
         for index, entry in state_dict["state"].items():
-            fresh = self._room(weights[index])
+            weight = weights[index]
+            fresh = self._room(weight)
             told = {k: (v.shape, v.dtype) for k, v in entry.items() if k in fresh}
             if told != {k: (v.shape, v.dtype) for k, v in fresh.items()}:
                 raise ValueError(f"the optimizer's state of weight {index} is not what is kept of it in 8 bits")
             for name, part in fresh.items():
                 part.copy_(entry[name])
-            rest = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items() if k not in fresh}
-            self.state[weights[index]] = fresh | rest
+            rest = {k: v for k, v in entry.items() if k not in fresh}
+            moved = {k: v.to(weight.device, copy=True) if isinstance(v, Tensor) else v for k, v in rest.items()}
+            self.state[weight] = fresh | moved
 
     def _step(self, weight: Tensor, settings: Mapping[str, Any]) -> None:
         assert weight.grad is not None

@@ -49,7 +49,7 @@ class Trainer:
         self.stop_requested = stop_requested
         self.jobs: dict[str, Job] = {}
         self.fused_tokens = 0  # capacity of a batch that several jobs share; 0: one chunk at a time
-        base.configure(recompute=plan.recompute == "blocks", head_rows=plan.head_rows)
+        base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
 
     def add(self, job: Job) -> None:
         """Let `job` take part from the next step on. Its name must be new."""
