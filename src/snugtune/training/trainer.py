@@ -162,11 +162,10 @@ class Trainer:
         limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
         norm = float(clip_grad_norm(job.attached.parameters(), limit))
         finite = math.isfinite(norm)
-        if job.scaler is not None:
-            job.scaler.step(job.optimizer)  # skips by itself when a gradient is not finite
-            job.scaler.update()
-        elif finite:
+        if finite:
             job.optimizer.step()
+        if job.scaler is not None:
+            job.scaler.update()  # down after an overflow, up after many steps without
         job.attached.publish()
         job.step += 1
         job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
