@@ -41,7 +41,7 @@ class _Optimizer(Config):
 
 
 class AdamWConfig(_Optimizer):
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101): torch's fused implementation. State: 8 bytes a weight, 2 in 8 bits."""
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101): torch's fused one. State: 8 bytes a weight, 2 in 8 bits."""
 
     kept_narrow: ClassVar[Mapping[str, bool]] = MappingProxyType({"exp_avg": True, "exp_avg_sq": False})
 
