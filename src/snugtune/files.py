@@ -34,6 +34,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snugtune"
 
 
+def lies_in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether what is written in `folder` takes memory (tmpfs), as far as this system tells (Linux: proc(5))."""
+    if not mounts.exists():
+        return False
+    kinds: dict[Path, str] = {}
+    for line in mounts.read_text(errors="replace").splitlines():
+        _, where, kind, *_ = line.split(" ")
+        kinds[Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), where))] = kind
+    place = folder.resolve()
+    return next((kinds[p] for p in (place, *place.parents) if p in kinds), "") in ("tmpfs", "ramfs")
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Fill the yielded folder; it becomes `target` (replacing one that was there) when the block ends well.

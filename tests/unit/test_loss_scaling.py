@@ -1,5 +1,9 @@
 """Loss scaling, which fp16 needs on CUDA: torch's scaler works on CPU too, so the trainer's use of it is tested here."""
 
+import json
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +13,7 @@ from snugtune.model.base import Base
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
 from snugtune.training.trainer import Trainer
-from snugtune.types import Example, Plan
+from snugtune.types import Example, OptimizerState, Plan
 
 
 class _NoWatch:
@@ -17,11 +21,15 @@ class _NoWatch:
         return 0
 
 
-def _trainer(base: Base, scaler: torch.amp.GradScaler | None) -> tuple[Trainer, Job]:
-    plan = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32")
+def _job(base: Base, plan: Plan, name: str = "default", **fields: Any) -> Job:
     data = JobData(tuple(Example(ids, torch.ones(len(ids)).index_fill(0, torch.tensor(0), 0.0), "x") for ids in sequences(9, 14)))
-    fields = {"data": "invented.jsonl", "batch_size": 2, "steps": 6, "max_seq_len": 16, "optimizer": {"lr": 1e-2}}
-    trainer, job = Trainer(base, plan, _NoWatch()), start_job(base, JobConfig.model_validate(fields), data, plan)
+    plain = {"name": name, "data": "invented.jsonl", "batch_size": 2, "steps": 6, "max_seq_len": 16, "optimizer": {"lr": 1e-2}}
+    return start_job(base, JobConfig.model_validate(plain | fields), data, plan)
+
+
+def _trainer(base: Base, scaler: torch.amp.GradScaler | None, **fields: Any) -> tuple[Trainer, Job]:
+    plan = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32")
+    trainer, job = Trainer(base, plan, _NoWatch()), _job(base, plan, **fields)
     job.scaler = scaler
     trainer.add(job)
     return trainer, job
@@ -65,6 +73,82 @@ def test_the_scale_survives_a_checkpoint() -> None:
     _, again = _trainer(base, torch.amp.GradScaler("cpu"))
     again.load_state(saved, numbers)
     assert again.scaler is not None and again.scaler.get_scale() == 2.0**126
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=1.0)], ids=["plain", "scaled"])
+@pytest.mark.parametrize("limit", [1.0, None])
+def test_a_norm_that_overflows_is_a_step_that_is_skipped(scaler: torch.amp.GradScaler | None, limit: float | None) -> None:
+    """Although each gradient is finite: divided by that norm they would be zeros, or no numbers."""
+    trainer, job = _trainer(tiny_base(), scaler, max_grad_norm=limit)
+    trainer.step()
+    before = {k: v.clone() for k, v in job.state()[0].items()}
+    (weight,) = job.attached.parameters()
+    assert weight.grad is not None
+    weight.grad.fill_(1e30)
+    assert not math.isfinite(trainer.optim_step(["default"])["default"])
+    assert all(torch.equal(v, before[k]) for k, v in job.state()[0].items()) and job.skipped_in_a_row == 1
+
+
+def _two(settings: dict[str, dict[str, Any]], fused: int, state: OptimizerState) -> Trainer:
+    """Jobs on one base, each with a scaler of its own; `fused`: tokens of the batches they share."""
+    base = tiny_base()
+    plan = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", optimizer_state=state)
+    trainer = Trainer(base, plan, _NoWatch())
+    trainer.fused_tokens = fused
+    for name, how in settings.items():
+        job = _job(base, plan, name=name, optimizer={"lr": 1e-2})
+        job.scaler = torch.amp.GradScaler("cpu", **how)
+        trainer.add(job)
+    return trainer
+
+
+_CALM = {"init_scale": 2.0**8, "growth_interval": 3}
+_WILD = {"init_scale": 2.0**127}
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+@pytest.mark.parametrize("fused", [0, 1000])
+def test_another_jobs_overflow_is_its_own(fused: int, state: OptimizerState) -> None:
+    """Its steps are skipped and its scale comes down; this one's steps, scale and growth are those of the job alone."""
+    alone, both = _two({"calm": _CALM}, fused, state), _two({"wild": _WILD, "calm": _CALM}, fused, state)
+    _enlarge(both.jobs["wild"])
+    for _ in range(5):
+        (truth,) = alone.step()
+        wild, ours = both.step()
+        assert wild.skipped and not ours.skipped
+        assert (ours.loss, ours.grad_norm, ours.lr) == (truth.loss, truth.grad_norm, truth.lr)
+    (ours, our_numbers), (truth, true_numbers) = both.jobs["calm"].state(), alone.jobs["calm"].state()
+    assert ours.keys() == truth.keys() and all(torch.equal(ours[k], truth[k]) for k in truth)
+    assert our_numbers["scaler"] == true_numbers["scaler"]
+    assert our_numbers["scaler"]["scale"] == 2.0**9 and our_numbers["scaler"]["_growth_tracker"] == 2
+    assert both.jobs["wild"].state()[1]["scaler"]["scale"] == 2.0**122
+    assert both.jobs["wild"].skipped_in_a_row == 5 and both.jobs["calm"].skipped_in_a_row == 0
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+def test_a_restored_job_scales_on_as_it_would_have(state: OptimizerState) -> None:
+    """Through the text of a checkpoint, in the middle of the steps after which the scale grows."""
+    whole = _two({"a": _CALM}, 0, state)
+    for _ in range(2):
+        whole.step()
+    tensors, numbers = whole.jobs["a"].state()
+    saved, told = {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers))
+    again = _two({"a": {"growth_interval": 3}}, 0, state)  # another scale to begin with
+    again.jobs["a"].load_state(saved, told)
+    for _ in range(3):
+        assert [(m.loss, m.grad_norm) for m in whole.step()] == [(m.loss, m.grad_norm) for m in again.step()]
+    (ours, our_numbers), (truth, true_numbers) = again.jobs["a"].state(), whole.jobs["a"].state()
+    assert all(torch.equal(ours[k], truth[k]) for k in truth)
+    assert our_numbers["scaler"] == true_numbers["scaler"] and true_numbers["scaler"]["scale"] == 2.0**9
+
+
+def test_jobs_in_fp16_each_have_their_own_scaler() -> None:
+    """As `start_job` makes them on a GPU; fp16 is refused on CPU before that."""
+    base = tiny_base()
+    plans = [Plan("cpu", "fp32", 1, "none", 512, 1, compute) for compute in ("fp16", "fp32")]
+    scaled, other, plain = (_job(base, plan, name) for plan, name in zip((plans[0], *plans), "abc", strict=True))
+    assert scaled.scaler is not None and other.scaler is not None and scaled.scaler is not other.scaler
+    assert plain.scaler is None
 
 
 @pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")], ids=["plain", "scaled"])

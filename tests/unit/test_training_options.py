@@ -131,6 +131,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": {"type": "sgd", "lr": 0.1}},
     "lion": {"optimizer": "lion"},
     "adafactor": {"optimizer": {"type": "adafactor", "lr": 0.01}},
+    "adamw in 8 bits": {"plan": {"weights": "fp32", "optimizer_state": "8bit"}},
+    "lion in 8 bits, the best": {
+        "plan": {"optimizer_state": "8bit"},
+        "optimizer": {"type": "lion", "lr": 0.1},
+        "keep_best": True,
+    },
     "keep_best": {"keep_best": True, "optimizer": {"lr": 0.5}},
     "early_stopping": {"early_stopping": {"patience": 2}, "optimizer": {"lr": 0.5}},
     "samples": {"samples": {"every": 2, "max_new_tokens": 6, "count": 2}},

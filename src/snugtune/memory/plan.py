@@ -44,7 +44,7 @@ def make_plan(config: RunConfig, stored: Width | None = None) -> Planned:
         compute=_native(device)[0] if weights == "int8" or weights == "nf4" else weights,
         double_quant=pins.double_quant,
         outlier_threshold=pins.outlier_threshold,
-        optimizer_state=_optimizer_state(pins, device),
+        optimizer_state=_optimizer_state(config, device),
         offload=offload,
     )
     return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan)))
@@ -104,10 +104,20 @@ def _offload(pins: PlanConfig) -> tuple[Offload, Recompute]:
     return offload, "blocks" if offload == "activations" else "none" if pins.recompute == "auto" else pins.recompute
 
 
-def _optimizer_state(pins: PlanConfig, device: str) -> OptimizerState:
-    if pins.optimizer_state == "paged" and device != "cuda":
-        raise InputError("plan.optimizer_state: paged is CUDA's (unified memory); on CPU use 8bit")
-    return "fp32" if pins.optimizer_state == "auto" else pins.optimizer_state
+def _optimizer_state(config: RunConfig, device: str) -> OptimizerState:
+    wanted = config.plan.optimizer_state
+    if wanted == "auto" or wanted == "fp32":
+        return "fp32"
+    if wanted == "paged" and device != "cuda":
+        raise InputError("plan.optimizer_state: paged keeps it in the host's memory, where on CPU it is anyway; use 8bit")
+    for job in config.resolved_jobs():
+        why = job.optimizer.obstacle()
+        if why is not None:
+            raise InputError(
+                f"plan.optimizer_state: {wanted} is nothing for optimizer: {job.optimizer.type} of job '{job.name}' ({why}); "
+                "use fp32, or adamw, lion, or sgd with momentum"
+            )
+    return wanted
 
 
 def _weights(pins: PlanConfig, device: str, stored: Width | None) -> tuple[Width, str]:

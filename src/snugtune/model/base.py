@@ -4,6 +4,7 @@ Shapes: T tokens of a row, D model width, V vocabulary.
 """
 
 import hashlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.model.source import ModelSource
+from snugtune.model.spill import Spill, place_for
 from snugtune.types import NARROW, Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
@@ -158,15 +160,28 @@ class Base:
             return "PEFT would read it as the fused experts"
         return None
 
-    def configure(self, recompute: bool, head_rows: int) -> None:
-        """Set the memory knobs: recompute each block in backward; rows of logits alive at once."""
+    def configure(self, recompute: bool, head_rows: int, spill: bool = False) -> None:
+        """Set the memory knobs: recompute each block in backward; rows of logits alive at once; block inputs kept elsewhere.
+
+        `spill` needs `recompute`. Raises `InputError`, and `StorageError` where there is no place to keep them.
+        """
         self.head.rows_at_once = head_rows
         if recompute:
             if not self.model.supports_gradient_checkpointing:
                 raise InputError(f"plan.recompute: '{self.name}' does not support recomputing its blocks; set it to none")
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.disable_input_require_grads()  # of use for reentrant recompute alone; it keeps the first block's input
+            if spill:
+                self._spill()
         else:
             self.model.activation_checkpointing_disable()
+
+    def _spill(self) -> None:
+        """Recompute by our own function, which keeps the blocks' inputs elsewhere."""
+        if "gradient_checkpointing_func" not in inspect.signature(self.model._set_gradient_checkpointing).parameters:
+            raise InputError(f"plan.offload: '{self.name}' brings its own way of recomputing its blocks; set it to none")
+        recomputed = Spill(place_for(self.device)).checkpoint
+        self.model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputed)
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[None]:

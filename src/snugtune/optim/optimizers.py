@@ -1,43 +1,65 @@
 """Optimizers: thin configs over torch's and well-kept libraries' implementations.
 
 `by_matrix` is true for those that look at the shapes of what they step: they are given each weight by itself, the others
-one flat buffer where there is one.
+one flat buffer where there is one. `kept_narrow` names what of its state can be kept in 8 bits, and whether that has a sign.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from snugtune.optim.narrow import NarrowState
 from snugtune.schema import Config
+from snugtune.types import OptimizerState
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Optimizer(Config):
     by_matrix: ClassVar[bool] = False
+    kept_narrow: ClassVar[Mapping[str, bool]] = MappingProxyType({})
 
     weight_decay: float = Field(default=0.0, ge=0, description="decay of the weights, decoupled from the gradient")
 
+    def build(self, parameters: Iterable[Tensor], state: OptimizerState = "fp32") -> torch.optim.Optimizer:
+        """The optimizer of these weights. One with an `obstacle` has no other state than its own."""
+        if state == "fp32":
+            return self._make(list(parameters))
+        assert self.obstacle() is None
+        return NarrowState(parameters, self._make, self.kept_narrow, paged=state == "paged")
+
+    def obstacle(self) -> str | None:
+        """Why the state cannot be kept in 8 bits, or None."""
+        return None
+
+    def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
 
 class AdamWConfig(_Optimizer):
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101): torch's fused implementation. State: 8 bytes a weight."""
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101): torch's fused one. State: 8 bytes a weight, 2 in 8 bits."""
+
+    kept_narrow: ClassVar[Mapping[str, bool]] = MappingProxyType({"exp_avg": True, "exp_avg_sq": False})
 
     type: Literal["adamw"] = "adamw"
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
     eps: float = Field(default=1e-8, gt=0, description="added to the denominator")
 
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
 
 
 class SgdConfig(_Optimizer):
-    """Stochastic gradient descent, torch's. State: 4 bytes a weight with momentum, else none."""
+    """Stochastic gradient descent, torch's. State: 4 bytes a weight with momentum (1 in 8 bits), else none."""
+
+    kept_narrow: ClassVar[Mapping[str, bool]] = MappingProxyType({"momentum_buffer": True})
 
     type: Literal["sgd"] = "sgd"
     lr: float = Field(default=1e-2, gt=0, description="peak learning rate")
@@ -51,7 +73,10 @@ class SgdConfig(_Optimizer):
             raise ValueError("nesterov: needs momentum above 0")
         return self
 
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def obstacle(self) -> str | None:
+        return None if self.momentum else "without momentum it has none"
+
+    def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             parameters,
             lr=self.lr,
@@ -63,13 +88,15 @@ class SgdConfig(_Optimizer):
 
 
 class LionConfig(_Optimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of a momentum. State: 4 bytes a weight."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of a momentum. State: 4 bytes a weight, 1 in 8 bits."""
+
+    kept_narrow: ClassVar[Mapping[str, bool]] = MappingProxyType({"exp_avg": True})
 
     type: Literal["lion"] = "lion"
     lr: float = Field(default=5e-5, gt=0, description="peak learning rate: 3 to 10 times less than AdamW's")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="for the update and for the momentum, each in [0, 1)")
 
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         from lion_pytorch import Lion
 
         return Lion(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
@@ -88,7 +115,10 @@ class AdafactorConfig(_Optimizer):
     clip_threshold: float = Field(default=1.0, gt=0, description="largest root mean square of one weight's update, before lr")
     decay_rate: float = Field(default=-0.8, lt=0, gt=-1, description="how the memory of squared gradients grows with the steps")
 
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def obstacle(self) -> str | None:
+        return "its state is small already, a row and a column of each weight"
+
+    def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor
 
         return Adafactor(

@@ -163,7 +163,7 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(weights),
+        optimizer=config.optimizer.build(weights, plan.optimizer_state),
         capacity=plan.micro_batch * config.max_seq_len if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )

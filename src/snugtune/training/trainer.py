@@ -49,7 +49,7 @@ class Trainer:
         self.stop_requested = stop_requested
         self.jobs: dict[str, Job] = {}
         self.fused_tokens = 0  # capacity of a batch that several jobs share; 0: one chunk at a time
-        base.configure(recompute=plan.recompute == "blocks", head_rows=plan.head_rows)
+        base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
 
     def add(self, job: Job) -> None:
         """Let `job` take part from the next step on. Its name must be new."""
@@ -162,11 +162,10 @@ class Trainer:
         limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
         norm = float(clip_grad_norm(job.attached.parameters(), limit))
         finite = math.isfinite(norm)
-        if job.scaler is not None:
-            job.scaler.step(job.optimizer)  # skips by itself when a gradient is not finite
-            job.scaler.update()
-        elif finite:
+        if finite:
             job.optimizer.step()
+        if job.scaler is not None:
+            job.scaler.update()  # down after an overflow, up after many steps without
         job.attached.publish()
         job.step += 1
         job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
