@@ -35,6 +35,6 @@ def saved(folder: Path, arch: str = "llama", **overrides: Any) -> Path:
     return folder
 
 
-def loaded(folder: Path, kind: str = "nf4", compute: str = "fp32", **fields: Any) -> Base:
+def loaded(folder: Path, kind: str = "nf4", compute: str = "fp32", trust: bool = False, **fields: Any) -> Base:
     """The base of a folder, as `plan_of` says."""
-    return load_base(ModelSource(folder.name, str(folder)), plan_of(kind, compute, **fields))
+    return load_base(ModelSource(folder.name, str(folder)), plan_of(kind, compute, **fields), trust)

@@ -137,7 +137,7 @@ def test_a_weight_larger_than_a_piece() -> None:
     packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     parts = Bits4().encode(weight)
     assert torch.equal(parts["packed"], packed.view(-1)) and torch.equal(parts["absmax"], state.absmax)
-    assert relative(_back(weight, Int8()), _true_int8(weight)) <= 1e-5
+    assert relative(_back(weight, Int8()), _true_int8(weight)) <= 1e-4
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -23,6 +23,13 @@ PIECE = 1 << 20
 """Elements that are encoded or decoded at a time where an operator needs wide intermediates."""
 
 
+# QLoRA's appendix E (arXiv 2305.14314); fp4 as bitsandbytes defines it, its largest at 1 and the sign in the first bit.
+_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+_FP4 = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+CODES: dict[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
+"""What the 16 values of 4 bits stand for."""
 _LEAST = 1e-36
 """The least scale of int8: 127 divided by less would overflow, and rows of zeros have none."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from snugtune.errors import GradientError
 from snugtune.model.base import Base
-from snugtune.model.formats import Bits4, Dense, Format, Int8, Parts
+from snugtune.model.formats import CODES, Bits4, Dense, Format, Int8, Parts
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.proofs import probe_batch
 from snugtune.model.routed import RoutedLinear, Slot
@@ -33,13 +33,6 @@ _JOB = "gradient self-test"
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _SMALL = 0.2
 """A feature smaller than this share of the usual one is held against that: it is a sum of larger ones that cancel."""
-
-# QLoRA's appendix E (arXiv 2305.14314); fp4 as bitsandbytes defines it, its largest at 1 and the sign in the first bit.
-_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
-_FP4 = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
-_CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
 
 
 def check_gradients(base: Base) -> int:
@@ -276,7 +269,7 @@ def reference_weight(format: Format, parts: Parts, shape: tuple[int, int], dtype
 def _unpacked(format: Bits4, packed: Tensor, start: int, count: int) -> Tensor:
     """Numbers of the code, two a byte: the first is in the upper half."""
     pairs = packed[start // 2 :][: (count + 1) // 2].int()
-    code = torch.tensor(_CODES[format.kind], device=packed.device)
+    code = torch.tensor(CODES[format.kind], device=packed.device)
     return code[torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)[:count]]
 
 
