@@ -219,7 +219,16 @@ def _of_another_shape(tensors: dict[str, Tensor]) -> None:
     down = UP.replace("up_proj", "q_proj").replace("mlp", "self_attn")
     for name in list(tensors):
         if name.startswith(UP):
-            tensors[name] = tensors[down + name.removeprefix(UP)]
+            tensors[name] = tensors[down + name.removeprefix(UP)].clone()
+
+
+def _without_parts(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith(f"{UP}.")]:
+        tensors.pop(name)
+
+
+def _quantised_head(tensors: dict[str, Tensor]) -> None:
+    tensors |= {name.replace(UP, "lm_head.weight"): t.clone() for name, t in tensors.items() if name.startswith(UP)}
 
 
 BAD_4BIT: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -228,7 +237,7 @@ BAD_4BIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no nested code": (_without("nested_quant_map"), f"{UP}: there is no nested_quant_map"),
     "no quant state": (_without(STATE), f"{UP}: is kept in 4 bits, but how is not said"),
     "no weight": (_without(""), f"there are scales of {UP}, but not the weight itself"),
-    "no part at all": (_tensors(lambda t: [t.pop(k) for k in list(t) if k.startswith(f"{UP}.")]), f"{UP} is kept in whole numbers"),
+    "no part at all": (_tensors(_without_parts), f"{UP} is kept in whole numbers"),
     "state is no json": (_bytes(b"{{{"), f"{UP}: {STATE} cannot be read"),
     "state is a list": (_bytes(b"[]"), f"{UP}: {STATE} cannot be read"),
     "state is no text": (_bytes(b"\xff\xfe\xfd"), f"{UP}: {STATE} cannot be read"),
@@ -251,11 +260,11 @@ BAD_4BIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code not finite": (_with("nested_quant_map", _not_finite), f"{UP}: its nested_code is not finite"),
     "another code": (_with("quant_map", lambda t: t.flip(0)), f"{UP}: its quant_map is not the code of nf4"),
     "packed too short": (_with("", lambda t: t[:-3]), f"{UP}: its packed"),
-    "packed in 16 bits": (_with("", lambda t: t.view(torch.int16)), f"{UP}"),
+    "packed in 16 bits": (_with("", lambda t: t.view(-1).view(torch.int16)), f"{UP}"),
     "another layer's": (_tensors(_of_another_shape), f"{UP}: is nf4 (64, 64)"),
-    "a quantised head": (_tensors(lambda t: t.update({k.replace(UP, "lm_head.weight"): v.clone() for k, v in t.items() if UP in k})), "lm_head.weight"),
+    "a quantised head": (_tensors(_quantised_head), "lm_head.weight"),
     "cut off": (_cut, "weights"),
-    "a shard that is not there": (lambda f: _shards(f, **{UP: "model-00009-of-00002.safetensors"}), "model-00009-of-00002.safetensors"),
+    "a shard that is not there": (lambda folder: _shards(folder, **{UP: "model-9.safetensors"}), "model-9.safetensors"),
     "config says nothing": (_config(quantization_config=None), "config.json does not say so"),
     "plain weights": (_plain_weights, "its files hold plain weights"),
 }  # fmt: skip
