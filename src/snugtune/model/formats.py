@@ -6,7 +6,6 @@ registered operators, called directly: its modules corrupt gradients on CPU. Sha
 
 import functools
 import importlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -206,7 +205,6 @@ class Bits4:
 @functools.cache
 def _operators() -> None:
     """Register bitsandbytes' operators with torch. Its import costs seconds, so only what is quantised pays."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would look for a kernel on the hub, and say so
     importlib.import_module("bitsandbytes")
 
 

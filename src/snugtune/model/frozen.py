@@ -120,6 +120,23 @@ def _computes_linear(module: nn.Linear) -> bool:
         return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
 
 
+def thaw_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain linears (and Conv1Ds) in the places of all `FrozenLinear`s, with the weights that these compute with."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FrozenLinear):
+                setattr(parent, name, _plain(child, dtype))
+
+
+def _plain(layer: FrozenLinear, dtype: torch.dtype) -> nn.Linear | Conv1D:
+    with torch.device("meta"):
+        plain = Conv1D(*layer.shape) if layer.transposed else nn.Linear(layer.in_features, layer.out_features)
+    weight = layer.weight.t() if layer.transposed else layer.weight
+    plain.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous(), requires_grad=False)
+    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)  # pyright: ignore[reportAttributeAccessIssue]
+    return plain
+
+
 def freeze_linears(model: nn.Module) -> None:
     """Replace every linear of `model` by a `FrozenLinear` that shares its storage, and stop all other gradients."""
     for parameter in model.parameters():
