@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from snugtune.model.formats import Dense, Format, Parts
+from snugtune.model.formats import Dense, Format, Int8, Parts
 
 
 class FrozenLinear(nn.Linear):
@@ -118,6 +118,13 @@ def _computes_linear(module: nn.Linear) -> bool:
         x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
         out = module(x)
         return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
+
+
+def take_products_in_int8(model: nn.Module, outlier_threshold: float) -> None:
+    """Let linears in int8 round activations too (see `Int8`); not before the model was tried, which rounding would disturb."""
+    for layer in model.modules():
+        if isinstance(layer, FrozenLinear) and isinstance(layer.format, Int8):
+            layer.format = Int8(outlier_threshold)
 
 
 def thaw_linears(model: nn.Module, dtype: torch.dtype) -> None:

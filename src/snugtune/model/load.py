@@ -162,7 +162,7 @@ def format_of(plan: Plan) -> Format:
     """How the plan keeps the weights of linears."""
     if plan.weights == "nf4":
         return Bits4(double=plan.double_quant)
-    return Int8(plan.outlier_threshold) if plan.weights == "int8" else Dense(DTYPES[plan.weights])
+    return Int8() if plan.weights == "int8" else Dense(DTYPES[plan.weights])
 
 
 def stored_width(source: ModelSource, config: PretrainedConfig) -> Width | None:

@@ -177,8 +177,8 @@ class _Quantizer(HfQuantizer):
             if stored:
                 format, parts = read_stored(weight, value, stored, site)
                 value = dense = format.decode(parts, site.shape, site.dtype)
-                if isinstance(request.format, Dense | type(format)):
-                    format, parts = _as_asked(request.format, format, parts, dense)
+                if isinstance(request.format, Dense):
+                    format, parts = request.format, request.format.encode(dense)
                 request.used.add(source)
             else:
                 # what was left as it is by who quantised the others stays so
@@ -249,13 +249,6 @@ def narrowable(model: PreTrainedModel, dtype: torch.dtype, stored: Container[str
         if f"{name}.weight" in stored or (shape[1] % 2 == 0 and not ROUTER_NAME.search(name)):
             sites[name] = Site(shape, isinstance(module, Conv1D), dtype)
     return sites
-
-
-def _as_asked(asked: Format, format: Format, parts: Parts, weight: Tensor) -> tuple[Format, Parts]:
-    """What was stored in fewer bits, as the plan wants it: dequantised, or as it is."""
-    if isinstance(asked, Dense):
-        return asked, asked.encode(weight)
-    return (asked if isinstance(asked, Int8) else format), parts  # int8's products are the plan's, 4 bits' code is not
 
 
 def _oriented(name: str, value: Tensor, site: Site) -> Tensor:

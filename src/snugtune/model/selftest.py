@@ -181,7 +181,8 @@ class _Probe:
         checksum = _checksum(parts)
         if self.stored.setdefault(call.name, checksum) != checksum:
             raise self._error(call.name, "the weight it keeps has changed")
-        weight = reference_weight(layer.format, parts, layer.shape, layer.dtype)
+        rounded = torch.float32 if _in_int8(layer.format) else layer.dtype  # int8's products never round the weight
+        weight = reference_weight(layer.format, parts, layer.shape, rounded)
         wide = weight.dtype
         with torch.enable_grad():
             x = call.x.to(wide).requires_grad_()
@@ -208,7 +209,7 @@ class _Probe:
     def _hold(self, name: str, what: str, ours: Tensor, truth: Tensor, tolerance: float) -> None:
         error = disagreement(ours, truth)
         if not error <= tolerance:
-            raise self._error(name, f"its {what} differs by {error:.0%} (rounding explains {tolerance:.1%})")
+            raise self._error(name, f"its {what} differs by {100 * error:.3g}% (rounding explains {100 * tolerance:.3g}%)")
 
     def _error(self, name: str, what: str) -> GradientError:
         return GradientError(
@@ -228,13 +229,20 @@ def _checksum(parts: Parts) -> int:
     return total
 
 
+def _in_int8(format: Format) -> bool:
+    """Whether products are taken in int8 as well."""
+    return isinstance(format, Int8) and format.outlier_threshold > 0
+
+
 def _as_taken(format: Format, x: Tensor) -> Tensor:
     """x [n, in] as the product takes it: in int8, by rows and but for outliers, where the format says so."""
-    if not (isinstance(format, Int8) and format.outlier_threshold):
+    if not _in_int8(format):
         return x
+    assert isinstance(format, Int8)
     far = x.abs() >= format.outlier_threshold
-    step = x.masked_fill(far, 0).abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
-    return torch.where(far, x, (x / step).round() * step)
+    scale = x.masked_fill(far, 0).abs().amax(dim=1, keepdim=True).clamp_min(1e-36)
+    # bf16 has few numbers, so that many lie just between two of int8: rounded as `Int8` does
+    return torch.where(far, x, (x * (127 / scale)).round() * (scale / 127))
 
 
 def disagreement(ours: Tensor, truth: Tensor) -> float:
@@ -261,16 +269,18 @@ def reference_weight(format: Format, parts: Parts, shape: tuple[int, int], dtype
         numbers = (
             values[start : start + piece].float() if isinstance(format, Int8) else _unpacked(format, values, start, len(out))
         )
-        scale = scales[start // run :][: -(-len(out) // run)].repeat_interleave(run)[: len(out)]
-        out.copy_((numbers * scale).to(dtype))
+        first, whole = start // run, len(out) // run * run
+        numbers[:whole].view(-1, run).mul_(scales[first : first + whole // run, None])
+        numbers[whole:].mul_(scales[-1])
+        out.copy_(numbers.to(dtype))
     return weight.view(shape)
 
 
 def _unpacked(format: Bits4, packed: Tensor, start: int, count: int) -> Tensor:
     """Numbers of the code, two a byte: the first is in the upper half."""
-    pairs = packed[start // 2 :][: (count + 1) // 2].int()
     code = torch.tensor(CODES[format.kind], device=packed.device)
-    return code[torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)[:count]]
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.int64)[:, 0]  # of each byte
+    return pairs[packed[start // 2 :][: (count + 1) // 2].int()].view(torch.float32)[:count]
 
 
 def _scales(format: Bits4, parts: Parts) -> Tensor:
