@@ -181,13 +181,13 @@ class _Probe:
         checksum = _checksum(parts)
         if self.stored.setdefault(call.name, checksum) != checksum:
             raise self._error(call.name, "the weight it keeps has changed")
-        rounded = torch.float32 if _in_int8(layer.format) else layer.dtype  # int8's products never round the weight
-        weight = reference_weight(layer.format, parts, layer.shape, rounded)
+        weight = reference_weight(layer.format, parts, layer.shape, layer.dtype)
         wide = weight.dtype
         with torch.enable_grad():
             x = call.x.to(wide).requires_grad_()
-            taken = x + (_as_taken(layer.format, x.detach()) - x).detach()
-            y = F.linear(taken, weight, None if layer.bias is None else layer.bias.to(wide))
+            y = F.linear(x, weight, None if layer.bias is None else layer.bias.to(wide))
+            if isinstance(layer.format, Int8) and layer.format.outlier_threshold:
+                y = y + (_int8_product(layer, layer.format, parts, call.x.to(wide)) - y).detach()  # its gradient stays
             factors = [] if slot is None else [f.detach().to(call.x.dtype).to(wide).requires_grad_() for f in (slot.a, slot.b)]
             if slot is not None:
                 y = y + slot.scale * F.linear(F.linear(x, factors[0]), factors[1])
@@ -229,20 +229,14 @@ def _checksum(parts: Parts) -> int:
     return total
 
 
-def _in_int8(format: Format) -> bool:
-    """Whether products are taken in int8 as well."""
-    return isinstance(format, Int8) and format.outlier_threshold > 0
-
-
-def _as_taken(format: Format, x: Tensor) -> Tensor:
-    """x [n, in] as the product takes it: in int8, by rows and but for outliers, where the format says so."""
-    if not _in_int8(format):
-        return x
-    assert isinstance(format, Int8)
+def _int8_product(layer: FrozenLinear, format: Int8, parts: Parts, x: Tensor) -> Tensor:
+    """x [n, in] rounded to int8 by rows, but for outliers, times a weight that is not rounded to 16 bits on its way."""
     far = x.abs() >= format.outlier_threshold
     scale = x.masked_fill(far, 0).abs().amax(dim=1, keepdim=True).clamp_min(1e-36)
     # bf16 has few numbers, so that many lie just between two of int8: rounded as `Int8` does
-    return torch.where(far, x, (x * (127 / scale)).round() * (scale / 127))
+    taken = torch.where(far, x, (x * (127 / scale)).round() * (scale / 127))
+    weight = reference_weight(format, parts, layer.shape, torch.float32)
+    return F.linear(taken, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def disagreement(ours: Tensor, truth: Tensor) -> float:
