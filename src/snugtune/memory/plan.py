@@ -12,6 +12,7 @@ from snugtune.methods import METHODS
 from snugtune.types import NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
 
 HEAD_ROWS = 512
+_NO_FP16 = "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
 FULL_FORWARD = 512
 """Tokens a forward should at least have room for: with half of that, steps were a quarter slower on 2 CPU cores."""
 
@@ -153,9 +154,7 @@ def _optimizer_state(pins: PlanConfig, device: str) -> OptimizerState:
 def _weights(wanted: str, device: str, stored: Width | None, field: str = "plan.weights") -> tuple[Width, str]:
     """The format of the weights, and why. `field` names what asked for it."""
     if wanted == "fp16" and device == "cpu":
-        raise InputError(
-            f"{field}: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
-        )
+        raise InputError(_NO_FP16.replace("plan.weights", field))
     if wanted in NARROW and stored not in (None, wanted):
         raise InputError(f"{field}: {wanted} asked for, but the checkpoint keeps its weights in {stored}; use auto")
     for width in get_args(Width):
