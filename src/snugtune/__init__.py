@@ -9,6 +9,7 @@ Importing this package is light: torch and transformers are loaded by the functi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from snugtune.config import RunConfig
     from snugtune.run import RunResult
     from snugtune.tuned import Tuned
+
+# On CPU it warns, as soon as anything imports it (PEFT does), that it lacks a kernel which is never called here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
@@ -34,12 +38,13 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path) -> RunResult:
     return run_train(read_config(config) if isinstance(config, (str, Path)) else to_config(config))
 
 
-def load(run: str | Path, adapter: str | None = None, trust_remote_code: bool = False) -> Tuned:
+def load(run: str | Path, adapter: str | None = None, trust_remote_code: bool = False, weights: str = "auto") -> Tuned:
     """Load what a run trained, ready to answer: a run folder, or a PEFT adapter folder.
 
     `adapter` picks a job of a run that trained several; `trust_remote_code` lets code run that
-    comes with the model. Raises `snugtune.errors.InputError` for anything else.
+    comes with the model; `weights` is their format (fp32, bf16, fp16, int8, nf4), by default the one the run was trained
+    with. Raises `snugtune.errors.InputError` for anything else.
     """
     from snugtune.tuned import load as load_tuned
 
-    return load_tuned(Path(run), adapter, trust_remote_code=trust_remote_code)
+    return load_tuned(Path(run), adapter, trust_remote_code=trust_remote_code, weights=weights)

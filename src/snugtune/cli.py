@@ -153,6 +153,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="draw from the likeliest tokens up to this probability")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="another seed draws another answer (where temperature is above 0)")] = 0,
+    weights: Annotated[
+        str,
+        typer.Option(help="fp32, bf16, fp16, int8, nf4, or auto: as the run was trained", autocompletion=complete.formats),
+    ] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to what a run trained."""
@@ -163,9 +167,9 @@ def chat(
 
     if prompt is not None:
         check_prompt(prompt)
-    models = {"tuned": load(run, adapter, console.note, trust_remote_code)}
+    models = {"tuned": load(run, adapter, console.note, trust_remote_code, weights)}
     if compare:
-        models = {"base": load_untuned(models["tuned"], run, adapter, console.note, trust_remote_code)} | models
+        models = {"base": load_untuned(models["tuned"], run, adapter, console.note, trust_remote_code, weights)} | models
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     converse(models, sampling, console) if prompt is None else answer_once(models, prompt, sampling, console)
 
@@ -182,13 +186,21 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16 (default: the base's own)", autocompletion=complete.widths)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="what to merge onto, where the run was trained on narrow weights: original (in full precision, the default) "
+            "or dequantized",
+            autocompletion=complete.bases,
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write what a run trained in another form."""
     console = _console()
     from snugtune.export import export as write
 
-    written = write(run, to, output, adapter, dtype, console.note, trust_remote_code)
+    written = write(run, to, output, adapter, dtype, console.note, trust_remote_code, base)
     console.say(f"written: {written}")
 
 

@@ -11,6 +11,8 @@ import typer
 SCHEMA = "config.schema.json"
 FORMS = {"merged": "a transformers model folder with the adapter worked in"}
 WIDTHS = ("fp32", "bf16", "fp16")
+FORMATS = ("auto", *WIDTHS, "int8", "nf4")
+BASES = {"original": "the base in full precision", "dequantized": "the base as it was trained on, dequantized"}
 METHODS = ("lora", "freeze", "full")
 OBJECTIVES = ("sft", "clm")
 
@@ -24,6 +26,14 @@ def forms(incomplete: str) -> Offers:
 
 def widths(incomplete: str) -> list[str]:
     return _starting(WIDTHS, incomplete)
+
+
+def formats(incomplete: str) -> list[str]:
+    return _starting(FORMATS, incomplete)
+
+
+def bases(incomplete: str) -> Offers:
+    return [(name, what) for name, what in BASES.items() if name.startswith(incomplete)]
 
 
 def methods(incomplete: str) -> list[str]:

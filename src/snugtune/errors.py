@@ -19,6 +19,10 @@ class StorageError(SnugtuneError):
     """The disk refused a write (full, read-only, no permission). Nothing half-written is left behind."""
 
 
+class GradientError(SnugtuneError):
+    """The self-test at start-up found a gradient that is not that of the weights. Nothing was trained."""
+
+
 class DivergedError(SnugtuneError):
     """A job's gradient stayed non-finite, and it was given up; what other jobs of the run trained is there."""
 

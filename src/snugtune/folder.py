@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from snugtune.config import JobConfig, RunConfig, read_config
 from snugtune.config_yaml import read_yaml
 from snugtune.errors import InputError
 from snugtune.files import is_leftover, read_json, user_path, write_whole
-from snugtune.memory.plan import Planned, make_plan
+from snugtune.memory.plan import Kept, Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.lora import CONFIG_FILE
 
@@ -103,6 +103,14 @@ class RunFolder:
         """`plan.json`, empty when there is none yet."""
         return read_json(self.plan) if self.plan.is_file() else {}
 
+    def read_kept(self) -> Kept:
+        """How the run kept its frozen weights. Raises `InputError` for what no run has written."""
+        fields = self.read_plan().get("plan")
+        try:
+            return Kept.of(fields if isinstance(fields, dict) else {})
+        except ValueError as error:
+            raise InputError(f"{self.plan}: {error}; bring back what the run wrote") from error
+
     def write_plan(self, planned: Planned, peak: int | None) -> None:
         """`peak`: measured, in bytes; None while the run goes on."""
         content = {"plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
@@ -151,13 +159,14 @@ class Located:
     """What a run, adapter or model folder refers to: a model, and the adapter on it (None: the model itself was tuned).
 
     `origin`: the model that was tuned (the same one where that is not known); `remote_code`: the run was trained with code
-    that came with it.
+    that came with it; `kept`: how the frozen weights were.
     """
 
     model: str
     adapter: Path | None
     origin: str
     remote_code: bool = False
+    kept: Kept = field(default_factory=Kept)
 
     def check_trust(self, trust_remote_code: bool) -> None:
         """Raises `InputError` where remote code is needed and not trusted. What a folder says is no reason to trust it."""
@@ -201,5 +210,5 @@ def _in_run(path: Path, adapter: str | None) -> Located:
     if not artefact.is_dir():
         raise InputError(f"{path}: job '{name}' is not finished; the same 'snugtune train' command goes on with it")
     if METHODS[type(jobs[name].method)].routable:
-        return Located(config.model, artefact, config.model, config.trust_remote_code)
+        return Located(config.model, artefact, config.model, config.trust_remote_code, folder.read_kept())
     return Located(str(artefact), None, config.model, config.trust_remote_code)

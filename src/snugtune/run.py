@@ -20,6 +20,7 @@ from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import load_base
 from snugtune.model.load import load_config, stored_width
+from snugtune.model.selftest import check_gradients
 from snugtune.model.source import find_model
 from snugtune.report import write_report
 from snugtune.session import Logs, Session
@@ -30,6 +31,7 @@ from snugtune.training.job import Job, length_remark, start_job
 from snugtune.training.metrics import StepMetrics, held_out_course, read_metrics
 from snugtune.training.trainer import StopRequestedError, Trainer
 from snugtune.training.verdict import warning
+from snugtune.types import NARROW
 
 
 class Observer(Protocol):
@@ -187,6 +189,9 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
+    if planned.plan.weights in NARROW or planned.plan.offload != "none":
+        checked = check_gradients(base)
+        observer.note(f"checked: gradients of {checked} linears agree with plain autograd")
     if checkpoint is None:
         session.pending = trainer.start_metrics()
     else:

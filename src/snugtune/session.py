@@ -12,6 +12,7 @@ from snugtune.training.checkpoint import load_best, save_best, save_checkpoint
 from snugtune.training.job import Job
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
+from snugtune.types import NARROW
 from snugtune.words import counted
 
 AUTO_CHECKPOINTS = 10
@@ -133,6 +134,9 @@ def _card(session: Session, job: Job) -> str:
         f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {steps}, "
         f"{counted(len(job.data.train), 'training examples')}, seed {c.seed}."
     )
+    plan = session.planned.plan
+    if plan.weights in NARROW:
+        about += f" The base's weights were kept in {plan.weights} meanwhile, and computed with in {plan.compute}."
     if c.keep_best and job.best is not None:
         about += f" The weights are those of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}."
     head = ["---", f"base_model: {base.name}", f"library_name: {library}", "tags: [snugtune]", "---"]

@@ -11,11 +11,13 @@ from snugtune.data.forms import Message, Unusable, read_messages
 from snugtune.data.render import Renderer
 from snugtune.errors import InputError
 from snugtune.folder import locate
-from snugtune.memory.plan import plan_for_answers
+from snugtune.memory.plan import Kept, plan_for_answers
 from snugtune.methods.lora import UNSTAMPED, Lora, is_stamped
 from snugtune.model.base import Base, load_base
 from snugtune.model.generate import Sampling, generate
+from snugtune.model.load import load_config, stored_width
 from snugtune.model.source import Say, find_model, mute
+from snugtune.types import NARROW
 
 Conversation = str | Sequence[Mapping[str, str]]
 """A question, or messages of {role, content}."""
@@ -60,14 +62,17 @@ def _messages(conversation: Conversation) -> tuple[Message, ...]:
         raise InputError(f"cannot answer a conversation {why}; give a question, or messages of role and content") from error
 
 
-def load(path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False) -> Tuned:
+def load(
+    path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False, weights: str = "auto"
+) -> Tuned:
     """Load a run folder (`adapter` picks a job), a PEFT adapter folder, or a model folder. Raises `InputError`.
 
+    `weights`: the format of the base's; "auto" is that of the run, else of the checkpoint, else the one native to the device.
     What is peculiar about the base was said when a run trained on it: `say` hears it again only of what comes from elsewhere.
     """
     found = locate(path, adapter)
     found.check_trust(trust_remote_code)
-    base = load_base(find_model(found.model, say), plan_for_answers(), trust_remote_code)
+    base = _load_base(found.model, found.kept, weights, say, trust_remote_code)
     job = None
     if found.adapter is not None:
         job = found.adapter.name
@@ -80,7 +85,24 @@ def load(path: Path, adapter: str | None = None, say: Say = mute, trust_remote_c
     return Tuned(base, job, Renderer(base.tokenizer))
 
 
-def load_untuned(tuned: Tuned, path: Path, adapter: str | None = None, say: Say = mute, trust_remote_code: bool = False) -> Tuned:
+def _load_base(model: str, kept: Kept, weights: str, say: Say, trust_remote_code: bool) -> Base:
+    """The base to answer with, its weights as asked for or as they were `kept` in training."""
+    source = find_model(model, say)
+    stored = stored_width(source, load_config(source, trust_remote_code))
+    plan, why = plan_for_answers(stored, weights, kept)
+    if plan.weights in NARROW or plan.offload != "none" or weights != "auto":
+        say(f"model: weights {plan.weights} ({why})")
+    return load_base(source, plan, trust_remote_code)
+
+
+def load_untuned(
+    tuned: Tuned,
+    path: Path,
+    adapter: str | None = None,
+    say: Say = mute,
+    trust_remote_code: bool = False,
+    weights: str = "auto",
+) -> Tuned:
     """What `tuned` (loaded from `path`) was before: the same weights without the adapter, else the original base beside it."""
     if tuned.job is not None:
         return replace(tuned, job=None)
@@ -89,5 +111,5 @@ def load_untuned(tuned: Tuned, path: Path, adapter: str | None = None, say: Say 
         raise InputError(f"--compare: {path} does not say which model it came from; compare in the run that made it")
     found.check_trust(trust_remote_code)
     say(f"model: two in memory, the tuned one and '{found.origin}'")
-    base = load_base(find_model(found.origin, say), plan_for_answers(), trust_remote_code)
+    base = _load_base(found.origin, Kept(), weights, say, trust_remote_code)
     return Tuned(base, None, Renderer(base.tokenizer))

@@ -133,7 +133,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "layers-in-words": (edit("config.json", num_hidden_layers="two", layer_types=None), ("cannot load",)),
     "quantised-by-another-tool": (
         edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("model", "GPTQ"),
+        ("model", "gptq"),
     ),
     "code-of-its-own": (edit("config.json", model_type="own", auto_map={"AutoConfig": "own.Own"}), ("trust_remote_code: true",)),
     # tokenizer

@@ -42,7 +42,7 @@ CONFIG_FIELDS = {
     "LinearConfig": ["warmup", "type"],
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
-    "PlanConfig": ["weights", "micro_batch", "recompute"],
+    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state", "offload"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -105,8 +105,12 @@ trust_remote_code: false
 tracking: []
 plan:
   weights: auto
+  double_quant: false
+  outlier_threshold: 0.0
   micro_batch: auto
   recompute: auto
+  optimizer_state: auto
+  offload: auto
 jobs: []
 """
 
@@ -125,9 +129,10 @@ COMMANDS = {
         "--temperature",
         "--top-p",
         "--trust-remote-code",
+        "--weights",
         "run",
     ],
-    "export": ["--adapter", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
+    "export": ["--adapter", "--base", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "doctor": ["--help", "--json", "--quick"],
     "report": ["--help", "--open", "--output", "run"],
     "schema": ["--help"],
@@ -135,7 +140,7 @@ COMMANDS = {
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""
 
-EXIT_CODES = {"InputError": 2, "StorageError": 2, "DivergedError": 2, "Interrupted": 130}
+EXIT_CODES = {"GradientError": 2, "InputError": 2, "StorageError": 2, "DivergedError": 2, "Interrupted": 130}
 
 
 def tiny_run(model: Path, place: Path, **fields: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from snugtune import complete
 from snugtune.cli import app
-from snugtune.config import RunConfig
+from snugtune.config import PlanConfig, RunConfig
 from snugtune.export import EXPORTS
+from snugtune.export.merged import BASES
 from snugtune.methods import METHODS
 from snugtune.model.load import DTYPES
 from snugtune.objectives import OBJECTIVES
@@ -38,6 +39,8 @@ def test_offers_are_what_there_is() -> None:
     """Lists that are written out, so that nothing heavy is loaded for them, follow what they list."""
     assert set(complete.FORMS) == set(EXPORTS)
     assert set(complete.WIDTHS) == set(DTYPES)
+    assert get_args(PlanConfig.model_fields["weights"].annotation) == complete.FORMATS
+    assert set(complete.BASES) == set(BASES)
     assert set(complete.METHODS) == {kind.model_fields["type"].default for kind in METHODS}
     assert set(complete.OBJECTIVES) == {kind.model_fields["type"].default for kind in OBJECTIVES}
 

@@ -17,12 +17,13 @@ def export(
     dtype: str | None,
     say: Callable[[str], None],
     trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> Path:
-    """Write the result of `run` as `to`; returns the folder. Raises `InputError`, `StorageError`."""
+    """Write the result of `run` as `to`, on top of `base`; returns the folder. Raises `InputError`, `StorageError`."""
     if to not in EXPORTS:
         raise InputError(f"--to {to}: unknown form; snugtune writes {', '.join(EXPORTS)}")
     target = output or run / to
     if target.exists():
         raise InputError(f"{target} exists already; give another --output or delete it")
-    EXPORTS[to](run, target, adapter, dtype, say, trust_remote_code)
+    EXPORTS[to](run, target, adapter, dtype, say, trust_remote_code, base)
     return target

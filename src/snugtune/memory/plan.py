@@ -1,7 +1,8 @@
 """The plan of a run: which knobs, and why. Fixed rules for now; pins of the config are respected."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
@@ -11,6 +12,7 @@ from snugtune.methods import METHODS
 from snugtune.types import NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
 
 HEAD_ROWS = 512
+_NO_FP16 = "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
 FULL_FORWARD = 512
 """Tokens a forward should at least have room for: with half of that, steps were a quarter slower on 2 CPU cores."""
 
@@ -29,7 +31,7 @@ def make_plan(config: RunConfig, stored: Width | None = None) -> Planned:
     Raises `InputError` for a pin that this device, the methods or the checkpoint cannot serve.
     """
     device, pins = _device(config.device), config.plan
-    weights, why_weights = _weights(pins, device, stored)
+    weights, why_weights = _weights(pins.weights, device, stored)
     offload, recompute = _offload(pins)
     _check_frozen(config, weights, offload, stored)
     longest = max(job.max_seq_len for job in config.resolved_jobs())
@@ -69,11 +71,50 @@ def _spared(plan: Plan) -> tuple[str, ...]:
     return tuple(text for text in (said[plan.offload], state[plan.optimizer_state]) if text)
 
 
-def plan_for_answers(stored: Width | None = None) -> Plan:
-    """The plan for loading a base to generate with: the best device, the format native to it or that of the checkpoint."""
-    device = _device("auto")
+@dataclass(frozen=True)
+class Kept:
+    """How a run kept the weights that it did not train: the part of its plan that answers depend on."""
+
+    weights: Width | None = None
+    compute: Dense | None = None
+    double_quant: bool = False
+    outlier_threshold: float = 0.0
+    offload: Offload = "none"
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any]) -> "Kept":
+        """From the fields of a plan. Raises `ValueError` for a value that no plan has."""
+        known = {f.name: plan[f.name] for f in fields(cls) if f.name in plan}
+        for name, value in known.items():
+            allowed = get_args(get_type_hints(Plan)[name])
+            if value not in allowed if allowed else type(value) is not get_type_hints(Plan)[name]:
+                raise ValueError(f"plan: {name} is {value!r}")
+        return cls(**known)
+
+    @property
+    def narrow(self) -> bool:
+        return self.weights in NARROW
+
+
+def plan_for_answers(stored: Width | None = None, weights: str = "auto", kept: Kept | None = None) -> tuple[Plan, str]:
+    """The plan for loading a base to generate with, on the best device, and why its weights are as they are.
+
+    As asked for; else as a run `kept` them, where they were narrow or streamed; else as the checkpoint keeps them (`stored`);
+    else in the device's native format. Raises `InputError` for what cannot be.
+    """
+    device, kept = _device("auto"), kept or Kept()
     compute = _native(device)[0]
-    return Plan(device, stored or compute, 1, "none", HEAD_ROWS, torch.get_num_threads(), compute)
+    if weights == "auto" and kept.weights is not None and (kept.narrow or kept.offload == "weights"):
+        width, why = kept.weights, "as the run was trained"
+    else:
+        width, why = _weights(weights, device, stored, "--weights")
+        kept = Kept()
+    if width != "int8" and width != "nf4":
+        compute = width
+    plan = Plan(device, width, 1, "none", HEAD_ROWS, torch.get_num_threads(), compute)
+    offload: Offload = "weights" if kept.offload == "weights" else "none"  # activations are not kept when there is no backward
+    how = {"double_quant": kept.double_quant, "outlier_threshold": kept.outlier_threshold, "offload": offload}
+    return replace(plan, **how), why
 
 
 def _device(wanted: str) -> Literal["cpu", "cuda"]:
@@ -120,15 +161,17 @@ def _optimizer_state(config: RunConfig, device: str) -> OptimizerState:
     return wanted
 
 
-def _weights(pins: PlanConfig, device: str, stored: Width | None) -> tuple[Width, str]:
-    if pins.weights == "fp16" and device == "cpu":
-        raise InputError(
-            "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
-        )
-    if pins.weights in NARROW and stored not in (None, pins.weights):
-        raise InputError(f"plan.weights: {pins.weights} asked for, but the checkpoint keeps its weights in {stored}; use auto")
-    if pins.weights != "auto":
-        return pins.weights, "as asked"
+def _weights(wanted: str, device: str, stored: Width | None, field: str = "plan.weights") -> tuple[Width, str]:
+    """The format of the weights, and why. `field` names what asked for it."""
+    if wanted == "fp16" and device == "cpu":
+        raise InputError(_NO_FP16.replace("plan.weights", field))
+    if wanted in NARROW and stored not in (None, wanted):
+        raise InputError(f"{field}: {wanted} asked for, but the checkpoint keeps its weights in {stored}; use auto")
+    for width in get_args(Width):
+        if width == wanted:
+            return width, "as asked"
+    if wanted != "auto":
+        raise InputError(f"{field}: {wanted} is no number format; valid: auto, {', '.join(get_args(Width))}")
     return (stored, "as the checkpoint keeps them") if stored is not None else _native(device)
 
 

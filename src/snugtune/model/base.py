@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
 from snugtune.model import attention, proofs
-from snugtune.model.frozen import FrozenLinear, freeze_linears, plain_products
+from snugtune.model.frozen import FrozenLinear, freeze_linears, take_products_in_int8
 from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.quantize import ROUTER_NAME, sample
@@ -71,8 +71,7 @@ class Base:
         self.conv1d_names = frozenset(n for n, m in linears.items() if isinstance(m, Conv1D) or getattr(m, "transposed", False))
         self.moe = _count_experts(model) is not None
         self.notes = notes
-        with plain_products(model):
-            self._prove()
+        self._prove()
         if self.packable:
             model.set_attn_implementation(attention.NAME)
         if model.config.model_type in _DRAWS_EXPERTS:
@@ -248,7 +247,9 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) 
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
     if plan.weights in NARROW or stored_width(source, config) is not None:
         model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code)
-        return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
+        base = Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
+        take_products_in_int8(model, plan.outlier_threshold)
+        return base
     identity = None
     if plan.weights == "fp16":  # what the fingerprint looks at does not survive the rounding to fp16
         identity = fingerprint(samples_of(load_model(source, config, "bf16", "cpu", trust_remote_code)[0]))

@@ -6,7 +6,6 @@ registered operators, called directly: its modules corrupt gradients on CPU. Sha
 
 import functools
 import importlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -24,6 +23,17 @@ PIECE = 1 << 18
 
 With four times as many, what the allocator kept of them made loading SmolLM2 in nf4 peak at 1.7 times its final size; so, 1.05.
 """
+
+
+# QLoRA's appendix E (arXiv 2305.14314); fp4 as bitsandbytes defines it, its largest at 1 and the sign in the first bit.
+_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+_FP4 = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+CODES: dict[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
+"""What the 16 values of 4 bits stand for."""
+_LEAST = 1e-36
+"""The least scale of int8: 127 divided by less would overflow, and rows of zeros have none."""
 
 
 class Format(Protocol):
@@ -91,12 +101,9 @@ class Int8:
         return {"int8": (torch.int8, (out, width)), "scale": (torch.float32, (out,))}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        _operators()
         rows = max(1, PIECE // weight.shape[1])
-        made = [torch.ops.bitsandbytes.int8_vectorwise_quant.default(part.float()) for part in weight.split(rows)]
-        scale = torch.cat([scales for _, scales, _ in made])
-        quantised = torch.cat([q for q, _, _ in made])
-        return {"int8": quantised.masked_fill_((scale == 0)[:, None], 0), "scale": scale}  # 0 / 0 of an empty row
+        made = [_rows_in_int8(part) for part in weight.split(rows)]
+        return {"int8": torch.cat([q for q, _ in made]), "scale": torch.cat([scale for _, scale in made])}
 
     def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         q, scale = parts["int8"], parts["scale"] / 127
@@ -111,16 +118,28 @@ class Int8:
         if not self.outlier_threshold:
             return F.linear(x, self.decode(parts, shape, x.dtype), bias)
         _operators()
-        ops, rows = torch.ops.bitsandbytes, x.reshape(-1, shape[1])
+        rows = x.reshape(-1, shape[1])
         far = rows.abs() >= self.outlier_threshold
-        near, row_scale, _ = ops.int8_vectorwise_quant.default(rows.masked_fill(far, 0))
-        near.masked_fill_((row_scale == 0)[:, None], 0)
-        y = ops.int8_scaled_mm.default(near, parts["int8"], row_scale, parts["scale"], bias=bias, dtype=x.dtype)
-        columns = far.any(dim=0).nonzero().flatten()
+        near, scale = _rows_in_int8(rows.masked_fill(far, 0))
+        sums = torch.ops.bitsandbytes.int8_linear_matmul.default(near, parts["int8"])
+        y = sums * (scale[:, None] / 127) * (parts["scale"] / 127)
+        columns, at = far.any(dim=0).nonzero().flatten(), far.nonzero()
         if len(columns):
-            weight = (parts["int8"][:, columns] * (parts["scale"][:, None] / 127)).to(x.dtype)
-            y.addmm_(rows[:, columns].masked_fill(~far[:, columns], 0), weight.t())
-        return y.view(*x.shape[:-1], shape[0])
+            weight = (parts["int8"][:, columns] * (parts["scale"][:, None] / 127)).t().contiguous()
+            begins = far.sum(dim=1).cumsum(0) - far.sum(dim=1)
+            # a sum of its own for each row, over its far numbers alone: a matrix product's order would depend on the others
+            found, values = torch.searchsorted(columns, at[:, 1]), rows[far].float()
+            y += F.embedding_bag(found, weight, begins, mode="sum", per_sample_weights=values)
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], shape[0])
+
+
+def _rows_in_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] -> int8 [n, in] and the scale [n] of each row, its largest magnitude."""
+    rows = rows.float()
+    scale = rows.abs().amax(dim=1).clamp_min(_LEAST)
+    return torch.round(rows * (127 / scale[:, None])).to(torch.int8), scale
 
 
 @dataclass(frozen=True)
@@ -169,7 +188,18 @@ class Bits4:
         if self.double:
             nested = (absmax, parts["nested_absmax"], parts["nested_code"], self.nested_block, torch.float32)
             absmax = ops.dequantize_blockwise.default(*nested) + parts["offset"]
-        return ops.dequantize_4bit.default(parts["packed"], absmax, self.block, self.kind, list(shape), dtype)
+        count, packed = shape[0] * shape[1], parts["packed"]
+        # On CPU the operator takes wrong scales where blocks cross rows (bitsandbytes 0.50.2): rows of whole blocks, then.
+        width = shape[1] if shape[1] % self.block == 0 else self.block
+        rows, rest = divmod(count, width)
+        how = (self.block, self.kind)
+        made = ops.dequantize_4bit.default(
+            packed[: rows * width // 2], absmax[: rows * width // self.block], *how, [rows, width], dtype
+        )
+        if rest:  # a last block that is not full; of whole bytes, since others would be compiled first
+            end = ops.dequantize_4bit.default(packed[rows * width // 2 :], absmax[-1:], *how, [1, rest + rest % 2], dtype)
+            made = torch.cat((made.view(-1), end.view(-1)[:rest]))
+        return made.view(shape)
 
     def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
         return F.linear(x, self.decode(parts, shape, x.dtype), bias)
@@ -178,7 +208,6 @@ class Bits4:
 @functools.cache
 def _operators() -> None:
     """Register bitsandbytes' operators with torch. Its import costs seconds, so only what is quantised pays."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would look for a kernel on the hub, and say so
     importlib.import_module("bitsandbytes")
 
 

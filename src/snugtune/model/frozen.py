@@ -4,8 +4,6 @@ A `FrozenLinear` fetches its weight when it needs it (in forward, in recompute a
 on the autograd context. That one rule is what makes quantised and streamed weights safe: nothing holds on to a transient.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +69,10 @@ class FrozenLinear(nn.Linear):
         """What is kept of the weight, where it can be computed with. Transient, like `weight`."""
         return {name: self.get_buffer(f"stored_{name}") for name in self.part_names}
 
+    def fresh_parts(self) -> Parts:
+        """The same, read anew from where they are at rest, past whatever `parts` may still hold: to check it."""
+        return self.parts()
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -118,17 +120,28 @@ def _computes_linear(module: nn.Linear) -> bool:
         return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
 
 
-@contextmanager
-def plain_products(model: nn.Module) -> Iterator[None]:
-    """Inside the block activations are not rounded to 8 bits, which would drown what is looked for in noise."""
-    rounding = {m: m.format for m in model.modules() if isinstance(m, FrozenLinear) and isinstance(m.format, Int8)}
-    for layer in rounding:
-        layer.format = Int8()
-    try:
-        yield
-    finally:
-        for layer, format in rounding.items():
-            layer.format = format
+def take_products_in_int8(model: nn.Module, outlier_threshold: float) -> None:
+    """Let linears in int8 round activations too (see `Int8`); not before the model was tried, which rounding would disturb."""
+    for layer in model.modules():
+        if isinstance(layer, FrozenLinear) and isinstance(layer.format, Int8):
+            layer.format = Int8(outlier_threshold)
+
+
+def thaw_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain linears (and Conv1Ds) in the places of all `FrozenLinear`s, with the weights that these compute with."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FrozenLinear):
+                setattr(parent, name, _plain(child, dtype))
+
+
+def _plain(layer: FrozenLinear, dtype: torch.dtype) -> nn.Linear | Conv1D:
+    with torch.device("meta"):
+        plain = Conv1D(*layer.shape) if layer.transposed else nn.Linear(layer.in_features, layer.out_features)
+    weight = layer.weight.t() if layer.transposed else layer.weight
+    plain.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous(), requires_grad=False)
+    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)  # pyright: ignore[reportAttributeAccessIssue]
+    return plain
 
 
 def freeze_linears(model: nn.Module) -> None:

@@ -15,14 +15,20 @@ from transformers import (
 from snugtune.errors import InputError
 from snugtune.hub import hub_trouble
 from snugtune.model.formats import Bits4, Dense, Format, Int8
+from snugtune.model.frozen import FrozenLinear
 from snugtune.model.quantize import InMemory, Keeper, Request, open_checkpoint, sample
 from snugtune.model.source import ModelSource
-from snugtune.types import Plan, Width
+from snugtune.types import NARROW, Plan, Width
 
 DTYPES: dict[Width, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Named like noise of training, but part of the model: how far behind the best an expert may score and still be chosen.
 _NO_NOISE = frozenset({("phimoe", "router_jitter_noise")})
+
+MENTIONED_SHARE = 0.25
+"""Of weights that stay wide though the plan says narrow, from which on it is worth a note."""
+_LYING = "config.json says that bitsandbytes quantised it, but its files hold plain weights; take quantization_config out of it"
+_UNSAID = "its files are quantised by bitsandbytes, but config.json does not say so; bring back its quantization_config"
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
@@ -103,12 +109,14 @@ def load_frozen(
     Also the samples of the weights that are no parameters now (see `fingerprint`). Head, embeddings and norms are dense.
     """
     notes = _silence_dropouts(config)
-    config.__dict__.pop("quantization_config", None)  # what the checkpoint keeps in fewer bits is read below
+    said = config.__dict__.pop("quantization_config", None)  # what the checkpoint keeps in fewer bits is read below
     # fp16 comes last: what its rounding loses would be missed by the fingerprint
     read_as = torch.bfloat16 if plan.compute == "fp16" else DTYPES[plan.compute]
     refusals: list[str] = []
     try:
         checkpoint = open_checkpoint(source)
+        if bool(checkpoint.stored) != bool(said):
+            raise InputError(_LYING if said else _UNSAID)
         request = Request(format_of(plan), keeper or InMemory(), checkpoint, DTYPES[plan.compute], refusals)
         with torch.device("meta"):
             hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -121,12 +129,13 @@ def load_frozen(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except InputError:
-        raise
+        unread = sorted(checkpoint.stored.keys() - request.used)
+        if unread:
+            raise InputError(f"{unread[0]} is quantised, which snugtune reads of linears within the blocks only")
     except Exception as error:  # as above
         why = refusals[0] if refusals else _first_line(error)
         raise InputError(f"model: cannot load the weights of '{source.name}': {why}") from error
-    notes += _check_whole(source, info)
+    notes += [*_check_whole(source, info), *_told_of_widths(model, plan, bool(said))]
     samples = request.samples | {name: sample(p) for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(plan.device, DTYPES[plan.compute])
@@ -134,11 +143,26 @@ def load_frozen(
     return model, samples, notes
 
 
+def _told_of_widths(model: PreTrainedModel, plan: Plan, stored: bool) -> list[str]:
+    """What is not in the format that the plan names, or was not."""
+    if plan.weights not in NARROW:
+        return (
+            [f"its quantised weights are dequantised to {plan.weights}: their error stays, their size does not"] if stored else []
+        )
+    layers = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    wide = {name: p.numel() for name, p in model.named_parameters()}
+    kept = sum(m.out_features * m.in_features for m in layers if m.format.name not in DTYPES)
+    dense = sum(m.out_features * m.in_features for m in layers if m.format.name in DTYPES) + sum(wide.values())
+    share, largest = dense / (dense + kept), max(wide, key=lambda name: wide[name])
+    what = f"of the weights stay in {plan.compute}: they are no linears of the blocks (the largest: {largest})"
+    return [f"{share:.0%} {what}"] if share > MENTIONED_SHARE else []
+
+
 def format_of(plan: Plan) -> Format:
     """How the plan keeps the weights of linears."""
     if plan.weights == "nf4":
         return Bits4(double=plan.double_quant)
-    return Int8(plan.outlier_threshold) if plan.weights == "int8" else Dense(DTYPES[plan.weights])
+    return Int8() if plan.weights == "int8" else Dense(DTYPES[plan.weights])
 
 
 def stored_width(source: ModelSource, config: PretrainedConfig) -> Width | None:
@@ -161,10 +185,12 @@ def stored_width(source: ModelSource, config: PretrainedConfig) -> Width | None:
 
 def _check_whole(source: ModelSource, info: Any) -> list[str]:
     """Refuse missing weights; tell of those left over."""
+    unused = sorted(str(k) for k in info["unexpected_keys"])
+    if any(name.endswith((".SCB", ".quant_map")) for name in unused):
+        raise InputError(f"model: cannot load the weights of '{source.name}': {_UNSAID}")
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise InputError(f"model: '{source.name}' lacks {len(missing)} weights its config asks for (first: {missing[0]})")
-    unused = sorted(str(k) for k in info["unexpected_keys"])
     what = "of its stored weights are not used, since its config does not ask for them"
     return [f"{len(unused)} {what} ({unused[0]}, ...)"] if unused else []
 

@@ -55,12 +55,12 @@ def borders(batch: Batch, device: torch.device) -> dict[str, object]:
 def is_finite(model: PreTrainedModel, body: PreTrainedModel | None) -> bool:
     """Whether a short text gives finite states; damaged weights do not."""
     with _mode(model, training=False):
-        return bool(states(model, body, input_ids=_probe_batch(model).input_ids[:, :17]).isfinite().all())
+        return bool(states(model, body, input_ids=probe_batch(model).input_ids[:, :17]).isfinite().all())
 
 
 def sees_ahead(model: PreTrainedModel, body: PreTrainedModel | None, moe: bool) -> bool:
     """Whether later tokens change earlier states: such a model knows the answers it is to learn."""
-    ids = _probe_batch(model).input_ids[:, :17]
+    ids = probe_batch(model).input_ids[:, :17]
     with _mode(model, training=False):
         whole, part = (states(model, body, input_ids=ids[:, :n])[:9] for n in (17, 9))
     return _relative(part, whole, per_token=moe) > _PROOF_TOLERANCE[dtype_of(model)]
@@ -69,7 +69,7 @@ def sees_ahead(model: PreTrainedModel, body: PreTrainedModel | None, moe: bool) 
 def read_past(model: PreTrainedModel, linears: Sequence[str]) -> frozenset[str]:
     """The linears that a forward in training does not call: an adapter on one would never learn."""
     called: set[str] = set()
-    ids = _probe_batch(model).input_ids[:, :17]
+    ids = probe_batch(model).input_ids[:, :17]
     hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name in linears]
     try:
         with _mode(model, training=True), torch.random.fork_rng():
@@ -90,7 +90,7 @@ def plain_head(model: PreTrainedModel, body: PreTrainedModel | None) -> tuple[nn
     project = model.get_output_embeddings()
     if body is None or project is None:
         return None
-    batch = _probe_batch(model)
+    batch = probe_batch(model)
     ids = batch.input_ids[:, : batch.lengths[0]]
     with _mode(model, training=False):
         own = model(input_ids=ids, use_cache=False).logits[0]
@@ -142,7 +142,7 @@ def _seen_obstacle(model: PreTrainedModel, body: PreTrainedModel | None, moe: bo
     native = str(model.config._attn_implementation)
     windows: set[int | None] = set()
     AttentionInterface.register(_PROOF, attention.watching(windows))
-    batch = _probe_batch(model)
+    batch = probe_batch(model)
     with _mode(model, training=False):
         alone = [states(model, body, input_ids=ids) for ids in batch.input_ids.split(batch.lengths, dim=1)]
         try:
@@ -181,7 +181,7 @@ def _logit_shapes(config: PretrainedConfig) -> list[Logits]:
     return [Logits(scale, cap) for scale in dict.fromkeys(scales)]
 
 
-def _probe_batch(model: PreTrainedModel) -> Batch:
+def probe_batch(model: PreTrainedModel) -> Batch:
     """Two short sequences of arbitrary tokens, the second longer, so that a leak of either kind shows."""
     lengths = (11, 17)
     ids = (torch.arange(sum(lengths)) * 7919 + 13) % min(vocab_size_of(model), 1000)

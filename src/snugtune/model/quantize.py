@@ -6,7 +6,7 @@ a quantizer of our own (its documented extension point). Files are read with pre
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from snugtune.errors import InputError
-from snugtune.model.formats import Bits4, Format, Int8, Parts
+from snugtune.model.formats import CODES, Bits4, Dense, Format, Int8, Parts
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.source import ModelSource
 
@@ -30,6 +30,9 @@ METHOD = "snugtune"
 ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 """What MoE families call the linear that chooses experts."""
 _STATE = ".quant_state.bitsandbytes__"
+_PARTS_OF_INT8 = (".SCB", ".weight_format")
+_BLOCKS = frozenset(2**n for n in range(5, 13))
+_WHOLE = frozenset({"I8", "U8", "I16", "I32", "I64"})
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -38,6 +41,7 @@ class Lazy(Protocol):
 
     def __getitem__(self, index: Any) -> Tensor: ...
     def get_shape(self) -> Sequence[int]: ...
+    def get_dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,15 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
         weight, _, part = name.partition(".weight.")
         if part:
             stored.setdefault(f"{weight}.weight", {})[part] = tensors.pop(name)
-        elif name.endswith((".SCB", ".weight_format")):
+        elif name.endswith(_PARTS_OF_INT8):
             weight, _, part = name.rpartition(".")
             stored.setdefault(f"{weight}.weight", {})[part] = tensors.pop(name)
+    bare = next((n for n, t in tensors.items() if n.endswith(".weight") and n not in stored and t.get_dtype() in _WHOLE), None)
+    if bare is not None:
+        raise InputError(f"{bare} is kept in whole numbers, but their scales are missing; the files are incomplete")
+    orphan = next((n for n in stored if n not in tensors), None)
+    if orphan is not None:
+        raise InputError(f"there are scales of {orphan}, but not the weight itself; the files are incomplete")
     return Checkpoint(tensors, stored)
 
 
@@ -114,7 +124,7 @@ def _files(source: ModelSource) -> list[str]:
         return list(get_checkpoint_shard_files(source.location, index)[0] or ())
     single = cached_file(source.location, _SINGLE, **missing)
     if single is None:
-        raise InputError(f"model: '{source.name}' has no {_SINGLE}; snugtune reads safetensors only")
+        raise InputError(f"there is no {_SINGLE}; snugtune reads safetensors only")
     return [single]
 
 
@@ -128,6 +138,7 @@ class Request(QuantizationConfigMixin):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format, self.keeper, self.checkpoint, self.dtype = format, keeper, checkpoint, dtype
         self.samples: dict[str, bytes] = {}
+        self.used: set[str] = set()  # of what the checkpoint keeps in fewer bits
         self.refusals = refusals
 
     def __deepcopy__(self, memo: object) -> "Request":
@@ -147,7 +158,7 @@ class _Quantizer(HfQuantizer):
         self.done: set[str] = set()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        self.sites = narrowable(model, self.request.dtype)
+        self.sites = narrowable(model, self.request.dtype, self.request.checkpoint.stored)
         self.request.keeper.begin(self.sites)
         return model
 
@@ -158,19 +169,21 @@ class _Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Encode(self)
 
-    def take(self, weight: str, value: Tensor, stored: Mapping[str, Lazy]) -> None:
-        """Encode the weight named `weight`, or keep it as it was stored."""
+    def take(self, weight: str, value: Tensor, source: str, stored: Mapping[str, Lazy]) -> None:
+        """Encode the weight named `weight` (in the file `source`), or keep it as it was stored."""
         name = weight.removesuffix(".weight")
         site, request = self.sites[name], self.request
         try:
-            if not stored:
-                format, dense = request.format, _oriented(weight, value, site)
-                parts = format.encode(dense)
-            else:
+            if stored:
                 format, parts = read_stored(weight, value, stored, site)
                 value = dense = format.decode(parts, site.shape, site.dtype)
-                if format.name != request.format.name:
+                if isinstance(request.format, Dense):
                     format, parts = request.format, request.format.encode(dense)
+                request.used.add(source)
+            else:
+                # what was left as it is by who quantised the others stays so
+                format = Dense(site.dtype) if request.checkpoint.stored else request.format
+                parts = format.encode(_oriented(weight, value, site))
         except InputError as error:
             request.refusals.append(str(error))
             raise
@@ -213,7 +226,7 @@ class _Encode(ConversionOps):
             if name.removesuffix(".weight") not in self.quantizer.sites or not name.endswith(".weight"):
                 loaded[name] = value
                 continue
-            self.quantizer.take(name, tensor, {} if more else stored.get(source, {}))
+            self.quantizer.take(name, tensor, source, {} if more else stored.get(source, {}))
             missing.discard(name)
         return loaded
 
@@ -222,15 +235,18 @@ register_quantization_config(METHOD)(Request)
 register_quantizer(METHOD)(_Quantizer)
 
 
-def narrowable(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Site]:
-    """The linears whose weights are encoded: all but the head, tied ones, routers of experts, and rows of odd length."""
+def narrowable(model: PreTrainedModel, dtype: torch.dtype, stored: Container[str] = ()) -> dict[str, Site]:
+    """The linears whose weights are encoded: all but the head, tied ones, routers of experts, and rows of odd length.
+
+    Also those that are `stored` in fewer bits already.
+    """
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     head, sites = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D) or module is head or name in tied or ROUTER_NAME.search(name):
+        if type(module) not in (nn.Linear, Conv1D) or module is head or name in tied:
             continue
         shape = FrozenLinear.shape_of(module)
-        if shape[1] % 2 == 0:
+        if f"{name}.weight" in stored or (shape[1] % 2 == 0 and not ROUTER_NAME.search(name)):
             sites[name] = Site(shape, isinstance(module, Conv1D), dtype)
     return sites
 
@@ -252,8 +268,12 @@ def read_stored(name: str, value: Tensor, stored: Mapping[str, Lazy], site: Site
     if "SCB" in stored:
         format = Int8()
         parts = {"int8": value.to(torch.int8), "scale": stored["SCB"][...].float()}
+    elif "weight_format" in stored:
+        raise InputError(f"{name}: is kept in 8 bits, but its scales (SCB) are missing")
     else:
         format, parts = _read_4bit(name, value, stored, site)
+    if "weight_format" in stored and int(stored["weight_format"][...]) != 0:
+        raise InputError(f"{name}: its 8 bits lie in an order of old bitsandbytes; save the model again with a new one")
     for part, (dtype, shape) in format.layout(*site.shape).items():
         found = parts[part]
         if found.dtype != dtype or tuple(found.shape) != shape:
@@ -269,19 +289,28 @@ def _read_4bit(name: str, value: Tensor, stored: Mapping[str, Lazy], site: Site)
         raise InputError(f"{name}: is kept in 4 bits, but how is not said (no {_STATE.strip('.')}*)")
     try:
         about = json.loads(bytes(stored[state][...].tolist()))
-        kind, block, shape = about["quant_type"], about["blocksize"], tuple(about["shape"])
+        kind, block, shape = str(about["quant_type"]), about["blocksize"], tuple(about["shape"])
         parts = {"packed": value.to(torch.uint8).view(-1), "absmax": stored["absmax"][...]}
         double = "nested_absmax" in stored
         if double:
             parts |= {"nested_absmax": stored["nested_absmax"][...], "nested_code": stored["nested_quant_map"][...]}
             parts["offset"] = torch.tensor([float(about["nested_offset"])])
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(f"{name}: there is no {error.args[0]} of its 4 bits; the files are incomplete") from error
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{name}: {state} cannot be read ({error})") from error
-    if kind not in ("nf4", "fp4") or not isinstance(block, int) or block < 1 or (shape != site.shape):
-        raise InputError(f"{name}: is {kind} {shape} in blocks of {block}; it should be nf4 or fp4 {site.shape}")
+    if kind not in CODES or type(block) is not int or block not in _BLOCKS or shape != site.shape:
+        raise InputError(f"{name}: is {kind} {shape} in blocks of {block}; it should be nf4 or fp4 {site.shape}, in blocks of 64")
+    if "quant_map" in stored and not _is_code(stored["quant_map"][...], kind):
+        raise InputError(f"{name}: its quant_map is not the code of {kind}; the files are damaged")
     if double and about.get("nested_blocksize") != Bits4.nested_block:
         raise InputError(f"{name}: its scales lie in blocks of {about.get('nested_blocksize')}; only 256 is read")
     return Bits4(block, double, kind), parts
+
+
+def _is_code(found: Tensor, kind: str) -> bool:
+    code = torch.tensor(CODES[kind])
+    return found.shape == code.shape and torch.allclose(found.float(), code, atol=1e-4)
 
 
 def sample(weight: Tensor) -> bytes:
