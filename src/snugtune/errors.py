@@ -19,6 +19,10 @@ class StorageError(SnugtuneError):
     """The disk refused a write (full, read-only, no permission). Nothing half-written is left behind."""
 
 
+class UnreadableError(StorageError):
+    """The disk no longer gives what weights are streamed from it. The step in which it happened did not happen."""
+
+
 class DivergedError(SnugtuneError):
     """A job's gradient stayed non-finite, and it was given up; what other jobs of the run trained is there."""
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from snugtune.config import JobConfig, RunConfig
-from snugtune.errors import DivergedError, InputError, Interrupted
+from snugtune.errors import DivergedError, InputError, Interrupted, UnreadableError
 from snugtune.files import claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
@@ -109,6 +109,9 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         except StopRequestedError:
             session.save()
             raise Interrupted(f"interrupted at step {session.step}; state saved, the same command goes on from there") from None
+        except UnreadableError as error:
+            session.save()
+            raise UnreadableError(f"{error}; state saved at step {session.step}, the same command goes on from there") from error
         finally:
             seconds = time.perf_counter() - started
             observer.end()
@@ -156,7 +159,7 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     watch = Watch(planned.plan.device)
     for reason in planned.reasons:
         observer.note(f"plan: {reason}")
-    base = load_base(source, planned.plan, config.trust_remote_code)
+    base = load_base(source, planned.plan, config.trust_remote_code, observer.note)
     for note in base.notes:
         observer.note(f"model: {note}")
     if checkpoint is not None and checkpoint.base != base.fingerprint:
@@ -193,8 +196,10 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
     trainer = session.trainer
     while True:
         while session.pending:
-            metrics = trainer.evaluated(session.pending[0])
-            session.judge(metrics)
+            metrics = session.pending[0]
+            if metrics.eval_tokens is None:  # else it was evaluated before a disk failed under its samples
+                session.pending[0] = metrics = trainer.evaluated(metrics)
+                session.judge(metrics)
             samples = trainer.samples(metrics)
             logs.write(metrics, samples)
             observer.step(metrics)

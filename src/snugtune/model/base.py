@@ -21,7 +21,7 @@ from snugtune.model.load import load_config, load_frozen, load_model, load_token
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router
-from snugtune.model.source import ModelSource
+from snugtune.model.source import ModelSource, Say, mute
 from snugtune.types import NARROW, Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
@@ -212,12 +212,15 @@ class Base:
         return getattr(self.model.config, "max_position_embeddings", None) if has_table else None
 
 
-def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) -> Base:
-    """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM."""
+def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False, say: Say = mute) -> Base:
+    """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM.
+
+    Under plan.offload: weights the first load of a model writes a file, and raises `StorageError` where that cannot be.
+    """
     config = load_config(source, trust_remote_code)
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
-    if plan.weights in NARROW or stored_width(source, config) is not None:
-        model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code)
+    if plan.weights in NARROW or plan.offload == "weights" or stored_width(source, config) is not None:
+        model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code, say)
         return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
     identity = None
     if plan.weights == "fp16":  # what the fingerprint looks at does not survive the rounding to fp16
