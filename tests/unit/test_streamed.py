@@ -113,9 +113,7 @@ def trained(base: Base, recompute: bool) -> dict[str, Tensor]:
         ("mixtral", "nf4", {}),
     ],
 )
-def test_streamed_gradients_are_those_of_the_resident_base(
-    arch: str, weights: str, more: dict[str, Any], tmp_path: Path
-) -> None:
+def test_streamed_gradients_are_those_of_the_resident_base(arch: str, weights: str, more: dict[str, Any], tmp_path: Path) -> None:
     folder = folder_of(arch, tmp_path)
     resident = load(folder, "none", weights, **more)
     truth = trained(resident, recompute=True)
