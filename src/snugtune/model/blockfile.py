@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ class Writer:
         return self.index
 
     def close(self) -> None:
-        self._file.close()
+        """Let go of the file, however far it came."""
+        with suppress(OSError):  # what it still had to write does not matter now
+            self._file.close()
 
     def _append(self, block: int, tensor: Tensor) -> Part:
         turned = tensor.dim() == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from snugtune.errors import StorageError
-from snugtune.files import cache_dir, claimed, make_folder, remove_leftovers, whole_folder
+from snugtune.files import cache_dir, claimed, make_folder, reason, remove_leftovers, whole_folder
 from snugtune.model.blockfile import DATA, FORMAT, Index, Writer, room
 from snugtune.model.formats import Format, Parts
 from snugtune.model.frozen import FrozenLinear
@@ -82,7 +82,7 @@ class OnDisk(InMemory):
         try:
             self.writer.add(name, self.block_of[name], format, parts, sample, source)
         except OSError as error:
-            raise StorageError(self._no_room((error.strerror or str(error)).lower())) from error
+            raise StorageError(self._no_room(reason(error))) from error
         self._tell_progress(len(self.writer.index.weights))
 
     def end(self) -> None:
@@ -92,7 +92,7 @@ class OnDisk(InMemory):
             assert self.index is not None
             source = FileSource(self.folder / DATA, self.index, opened((self.made if self.writer else self.folder) / DATA))
         except OSError as error:
-            raise StorageError(self._no_room((error.strerror or str(error)).lower())) from error
+            raise StorageError(self._no_room(reason(error))) from error
         self.stream = Stream(source if self.device == "cpu" else HostSource(source, self.device), self.index.sizes())
 
     def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:
@@ -122,7 +122,9 @@ def on_disk(files: Sequence[str], about: str, format: Format, device: str, say: 
     """
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, files)]
     key = repr((FORMAT, transformers.__version__, stats, about, format))
-    name = re.sub(r"[^\w.-]", "_", Path(files[0]).parent.name)[:40]
+    folder = Path(files[0]).parent
+    name = folder.parents[1].name if folder.parent.name == "snapshots" else folder.name  # as the hub's cache calls a model
+    name = re.sub(r"[^\w.-]", "_", name)[:60]
     place = cache_dir() / "streamed" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     target = place / "blocks"
     found = Index.read(target)

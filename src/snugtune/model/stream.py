@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from snugtune.errors import UnreadableError
+from snugtune.files import reason
 from snugtune.model.blockfile import Index, Kept, bytes_of
 from snugtune.model.formats import Dense, Parts
 from snugtune.model.frozen import FrozenLinear
@@ -68,7 +69,7 @@ class FileSource:
             try:
                 count = self.read(view, offset)
             except OSError as error:
-                raise UnreadableError(f"{self.name}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+                raise UnreadableError(f"{self.name}: cannot be read: {reason(error)}") from error
             if not count:
                 raise UnreadableError(f"{self.name}: ends early; it was changed while it was in use")
             view, offset = view[count:], offset + count
