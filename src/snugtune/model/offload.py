@@ -38,6 +38,7 @@ class OnDisk(InMemory):
         self.writer: Writer | None = None
         self.block_of: dict[str, int] = {}
         self.stream: Stream | None = None
+        self.needed = 0  # bytes of the file, before it is written
 
     @property
     def spared(self) -> frozenset[str]:
@@ -86,13 +87,17 @@ class OnDisk(InMemory):
         self._tell_progress(len(self.writer.index.weights))
 
     def end(self) -> None:
-        try:
-            if self.writer is not None:
+        if self.writer is not None:
+            try:
                 self.index = self.writer.finish()
-            assert self.index is not None
-            source = FileSource(self.folder / DATA, self.index, opened((self.made if self.writer else self.folder) / DATA))
+            except OSError as error:
+                raise StorageError(self._no_room(reason(error))) from error
+        assert self.index is not None
+        try:
+            read = opened(self.made / DATA)  # where it lies now; it may be renamed while it is open
         except OSError as error:
-            raise StorageError(self._no_room(reason(error))) from error
+            raise StorageError(f"{self.folder / DATA}: cannot be read: {reason(error)}") from error
+        source = FileSource(self.folder / DATA, self.index, read)
         self.stream = Stream(source if self.device == "cpu" else HostSource(source, self.device), self.index.sizes())
 
     def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:

@@ -130,7 +130,7 @@ class Stream:
                 self._start(self.slots[0], block)
             self._wait(self.slots[0])
             ahead = self._ahead(block, before, returns)
-            if ahead not in (before, None):
+            if ahead not in (None, block, before):
                 self._start(self.slots[1], ahead)
         return self.slots[0].buffer
 
