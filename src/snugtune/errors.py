@@ -23,6 +23,10 @@ class GradientError(SnugtuneError):
     """The self-test at start-up found a gradient that is not that of the weights. Nothing was trained."""
 
 
+class UnreadableError(StorageError):
+    """The disk no longer gives what weights are streamed from it. The step in which it happened did not happen."""
+
+
 class DivergedError(SnugtuneError):
     """A job's gradient stayed non-finite, and it was given up; what other jobs of the run trained is there."""
 

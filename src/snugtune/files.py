@@ -64,7 +64,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except Exception as error:
         if not _refused(error):
             raise
-        raise StorageError(f"cannot write {target}: {_reason(error)}; free space or fix the folder, then run again") from error
+        raise StorageError(f"cannot write {target}: {reason(error)}; free space or fix the folder, then run again") from error
     finally:
         if made is not None and made.exists():
             shutil.rmtree(made, ignore_errors=True)
@@ -122,7 +122,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
+        raise StorageError(f"cannot make the folder {folder}: {reason(error)}; give another") from error
 
 
 def check_can_make(folder: Path) -> None:
@@ -131,7 +131,7 @@ def check_can_make(folder: Path) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(dir=above, prefix=_UNFINISHED))
     except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {_reason(error)}; give another") from error
+        raise StorageError(f"cannot make the folder {folder}: {reason(error)}; give another") from error
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[None]:
     except Timeout as error:
         raise InputError(f"output: another process is training in {folder}; wait for it, or give a new folder") from error
     except OSError as error:
-        raise StorageError(f"cannot write {folder / _LOCK}: {_reason(error)}") from error
+        raise StorageError(f"cannot write {folder / _LOCK}: {reason(error)}") from error
     try:
         yield
     finally:
@@ -162,7 +162,7 @@ def write_whole(target: Path, content: str | bytes) -> None:
         _sync(made)
         os.replace(made, target)
     except OSError as error:
-        raise StorageError(f"cannot write {target}: {_reason(error)}") from error
+        raise StorageError(f"cannot write {target}: {reason(error)}") from error
     finally:
         with suppress(OSError):  # it is there only if something went wrong
             made.unlink()
@@ -197,7 +197,8 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or (type(error) is Exception and "(os error" in str(error))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What the disk said, in a few words."""
     number = getattr(error, "errno", None)
     if number == errno.EFBIG:
         return "file size limit reached"

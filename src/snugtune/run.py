@@ -13,15 +13,15 @@ from typing import Any, Protocol
 import torch
 
 from snugtune.config import JobConfig, RunConfig
-from snugtune.errors import DivergedError, InputError, Interrupted
+from snugtune.errors import DivergedError, InputError, Interrupted, UnreadableError
 from snugtune.files import check_can_make, claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch
 from snugtune.memory.plan import Planned, make_plan
-from snugtune.model.base import load_base
+from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.selftest import check_gradients
-from snugtune.model.source import find_model
+from snugtune.model.source import ModelSource, find_model
 from snugtune.report import write_report
 from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
@@ -114,6 +114,9 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         except StopRequestedError:
             session.save()
             raise Interrupted(f"interrupted at step {session.step}; state saved, the same command goes on from there") from None
+        except UnreadableError as error:
+            session.save()
+            raise UnreadableError(f"{error}; state saved at step {session.step}, the same command goes on from there") from error
         finally:
             seconds = time.perf_counter() - started
             observer.end()
@@ -161,16 +164,7 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     planned = make_plan(config, stored) if checkpoint is None else _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
     watch = Watch(planned.plan.device)
-    for reason in planned.reasons:
-        observer.note(f"plan: {reason}")
-    base = load_base(source, planned.plan, config.trust_remote_code)
-    for note in base.notes:
-        observer.note(f"model: {note}")
-    if checkpoint is not None and checkpoint.base != base.fingerprint:
-        raise InputError(
-            f"model: '{base.name}' has other weights now than {checkpoint.folder} was trained on; bring them back, "
-            "or give a new output folder"
-        )
+    base = _load(source, planned, checkpoint, config, observer)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
     session = Session(config, folder, planned, trainer, 0 if checkpoint is None else checkpoint.step)
     for job_config in config.resolved_jobs():
@@ -200,13 +194,30 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     return session
 
 
+def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, config: RunConfig, observer: Observer) -> Base:
+    """The base, with what there is to say of it. Raises `InputError` where it is not that of the checkpoint."""
+    for reason in planned.reasons:
+        observer.note(f"plan: {reason}")
+    base = load_base(source, planned.plan, config.trust_remote_code, observer.note)
+    for note in base.notes:
+        observer.note(f"model: {note}")
+    if checkpoint is not None and checkpoint.base != base.fingerprint:
+        raise InputError(
+            f"model: '{base.name}' has other weights now than {checkpoint.folder} was trained on; bring them back, "
+            "or give a new output folder"
+        )
+    return base
+
+
 def _loop(session: Session, logs: Logs, observer: Observer) -> None:
     """Steps until every job is done; evaluations and checkpoints where they are due."""
     trainer = session.trainer
     while True:
         while session.pending:
-            metrics = trainer.evaluated(session.pending[0])
-            session.judge(metrics)
+            metrics = session.pending[0]
+            if metrics.eval_tokens is None:  # else it was evaluated before a disk failed under its samples
+                session.pending[0] = metrics = trainer.evaluated(metrics)
+                session.judge(metrics)
             samples = trainer.samples(metrics)
             logs.write(metrics, samples)
             observer.step(metrics)

@@ -6,7 +6,7 @@ PEFT's, so that adapters travel both ways. Adapters are fp32 and are computed wi
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -80,14 +80,15 @@ class LoraConfig(Config):
 class LoraAttached:
     """One job's factors at its sites, in one flat fp32 buffer (one optimizer call a step)."""
 
-    def __init__(self, base: Base, job: str, config: PeftLoraConfig, factors: dict[str, Factors]):
+    def __init__(self, base: Base, job: str, config: PeftLoraConfig, total: int, factors: Iterable[tuple[str, Factors]]):
+        """`factors` are taken over one by one, `total` numbers in all: they need not be there at the same time."""
         self.base, self.job, self.config = base, job, config
-        total = sum(a.numel() + b.numel() for a, b, _ in factors.values())
         self.flat = nn.Parameter(torch.empty(total, dtype=torch.float32, device=base.device))
         self.flat.grad = torch.zeros_like(self.flat)
-        self.sites: list[str] = list(factors)
+        self.sites: list[str] = []
         at = 0
-        for name, (a, b, scale) in factors.items():
+        for name, (a, b, scale) in factors:
+            self.sites.append(name)
             views: list[Tensor] = []
             for source in (a, b):
                 part = slice(at, at + source.numel())
@@ -155,15 +156,17 @@ class Lora:
         base.freeze()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            factors = {name: _initial(base, name, peft_config) for name in names}
-        return LoraAttached(base, job, peft_config, factors)
+            total = sum(peft_config.r * sum(FrozenLinear.shape_of(base.model.get_submodule(name))) for name in names)
+            factors = ((name, _initial(base, name, peft_config)) for name in names)
+            return LoraAttached(base, job, peft_config, total, factors)
 
     def load(self, base: Base, job: str, folder: Path) -> LoraAttached:
         """The factors of a PEFT adapter folder, whatever `read_adapter` accepts."""
         layers = {name: base.model.get_submodule(name) for name in base.linear_names}
         config, factors = read_adapter(folder, layers, base.name, base.fingerprint)
         base.freeze()
-        return LoraAttached(base, job, config, factors)
+        total = sum(a.numel() + b.numel() for a, b, _ in factors.values())
+        return LoraAttached(base, job, config, total, factors.items())
 
 
 def _peft_targets(targets: str | tuple[str, ...]) -> str | list[str]:

@@ -22,7 +22,7 @@ from snugtune.model.load import load_config, load_frozen, load_model, load_token
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router
-from snugtune.model.source import ModelSource
+from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
 from snugtune.types import NARROW, Batch, Plan, Segment
 
@@ -241,12 +241,15 @@ class Base:
         return next((length for length in named if isinstance(length, int) and length > 0), None)
 
 
-def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False) -> Base:
-    """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM."""
+def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False, say: Say = mute) -> Base:
+    """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM.
+
+    Under plan.offload: weights the first load of a model writes a file, and raises `StorageError` where that cannot be.
+    """
     config = load_config(source, trust_remote_code)
     tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
-    if plan.weights in NARROW or stored_width(source, config) is not None:
-        model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code)
+    if plan.weights in NARROW or plan.offload == "weights" or stored_width(source, config) is not None:
+        model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code, say)
         base = Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
         take_products_in_int8(model, plan.outlier_threshold)
         return base

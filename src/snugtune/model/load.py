@@ -12,12 +12,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from snugtune.errors import InputError
+from snugtune.errors import InputError, StorageError
 from snugtune.hub import hub_trouble
 from snugtune.model.formats import Bits4, Dense, Format, Int8
 from snugtune.model.frozen import FrozenLinear
-from snugtune.model.quantize import InMemory, Keeper, Request, open_checkpoint, sample
-from snugtune.model.source import ModelSource
+from snugtune.model.offload import on_disk
+from snugtune.model.quantize import Checkpoint, InMemory, Keeper, Request, open_checkpoint, sample
+from snugtune.model.source import ModelSource, Say, mute
+from snugtune.model.stream import StreamedLinear
 from snugtune.types import NARROW, Plan, Width
 
 DTYPES: dict[Width, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,29 +104,48 @@ def load_model(
 
 
 def load_frozen(
-    source: ModelSource, config: PretrainedConfig, plan: Plan, trust_remote_code: bool, keeper: Keeper | None = None
+    source: ModelSource, config: PretrainedConfig, plan: Plan, trust_remote_code: bool, say: Say = mute
 ) -> tuple[PreTrainedModel, dict[str, bytes], list[str]]:
     """The model with the weights of its linears frozen in the plan's format, encoded one by one as they are read.
 
-    Also the samples of the weights that are no parameters now (see `fingerprint`). Head, embeddings and norms are dense.
+    Also the samples of all weights (see `fingerprint`). Head, embeddings and norms are dense. Under plan.offload: weights
+    those of the blocks stay on disk (see `offload`). Raises `InputError` and `StorageError`.
     """
     notes = _silence_dropouts(config)
     said = config.__dict__.pop("quantization_config", None)  # what the checkpoint keeps in fewer bits is read below
+    checkpoint = _opened(source)
+    if bool(checkpoint.stored) != bool(said):
+        raise InputError(f"model: cannot load the weights of '{source.name}': {_LYING if said else _UNSAID}")
+    if plan.offload != "weights":
+        model, samples, more = _load_into(InMemory(), checkpoint, source, config, plan, trust_remote_code)
+        return model, samples, [*notes, *more]
+    about = f"{plan.compute} {config.to_json_string()}"
+    with on_disk(checkpoint.files, about, format_of(plan), plan.device, say) as keeper:
+        model, samples, more = _load_into(keeper, checkpoint, source, config, plan, trust_remote_code)
+    return model, samples, [*notes, *more, keeper.note, *_experts_that_stay(model)]
+
+
+def _opened(source: ModelSource) -> Checkpoint:
+    try:
+        return open_checkpoint(source)
+    except Exception as error:  # safetensors raises its own for broken files, and the hub many
+        raise InputError(f"model: cannot load the weights of '{source.name}': {_first_line(error)}") from error
+
+
+def _load_into(
+    keeper: Keeper, checkpoint: Checkpoint, source: ModelSource, config: PretrainedConfig, plan: Plan, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, bytes], list[str]]:
     # fp16 comes last: what its rounding loses would be missed by the fingerprint
     read_as = torch.bfloat16 if plan.compute == "fp16" else DTYPES[plan.compute]
-    refusals: list[str] = []
+    request = Request(format_of(plan), keeper, checkpoint, DTYPES[plan.compute])
     try:
-        checkpoint = open_checkpoint(source)
-        if bool(checkpoint.stored) != bool(said):
-            raise InputError(_LYING if said else _UNSAID)
-        request = Request(format_of(plan), keeper or InMemory(), checkpoint, DTYPES[plan.compute], refusals)
         with torch.device("meta"):
             hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model, info = type(hollow).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             None,
             config=hollow.config,
             dtype=read_as,
-            state_dict=checkpoint.tensors,
+            state_dict=checkpoint.without(keeper.spared),
             quantization_config=request,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -132,10 +153,14 @@ def load_frozen(
         unread = sorted(checkpoint.stored.keys() - request.used)
         if unread:
             raise InputError(f"{unread[0]} is quantised, which snugtune reads of linears within the blocks only")
+    except StorageError:
+        raise
     except Exception as error:  # as above
-        why = refusals[0] if refusals else _first_line(error)
+        if isinstance(request.refusal, StorageError):
+            raise request.refusal from error
+        why = str(request.refusal or _first_line(error))
         raise InputError(f"model: cannot load the weights of '{source.name}': {why}") from error
-    notes += [*_check_whole(source, info), *_told_of_widths(model, plan, bool(said))]
+    notes = [*_check_whole(source, info), *_told_of_widths(model, plan, bool(checkpoint.stored))]
     samples = request.samples | {name: sample(p) for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(plan.device, DTYPES[plan.compute])
@@ -156,6 +181,14 @@ def _told_of_widths(model: PreTrainedModel, plan: Plan, stored: bool) -> list[st
     share, largest = dense / (dense + kept), max(wide, key=lambda name: wide[name])
     what = f"of the weights stay in {plan.compute}: they are no linears of the blocks (the largest: {largest})"
     return [f"{share:.0%} {what}"] if share > MENTIONED_SHARE else []
+
+
+def _experts_that_stay(model: PreTrainedModel) -> list[str]:
+    """What to say of a mixture's fused experts: they are no linears."""
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3)
+    linears = sum(module.nbytes for module in model.modules() if isinstance(module, StreamedLinear))
+    share = 100 * experts / max(1, experts + linears)
+    return [f"its fused experts stay in memory: {share:.0f} % of the blocks' bytes"] if experts else []
 
 
 def format_of(plan: Plan) -> Format:

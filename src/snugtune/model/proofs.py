@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from snugtune.errors import SnugtuneError
 from snugtune.model import attention
 from snugtune.model.head import Logits
 from snugtune.types import Batch
@@ -148,6 +149,8 @@ def _seen_obstacle(model: PreTrainedModel, body: PreTrainedModel | None, moe: bo
         try:
             model.set_attn_implementation(_PROOF)
             packed = states(model, body, input_ids=batch.input_ids, **borders(batch, model.device))
+        except SnugtuneError:
+            raise
         except Exception as error:  # a model that breaks on packed rows is not packable, whatever the way it breaks
             return (str(error).splitlines() or [type(error).__name__])[0]
         finally:

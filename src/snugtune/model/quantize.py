@@ -6,7 +6,7 @@ a quantizer of our own (its documented extension point). Files are read with pre
 
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from snugtune.errors import InputError
+from snugtune.errors import InputError, SnugtuneError
 from snugtune.model.formats import CODES, Bits4, Dense, Format, Int8, Parts
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.source import ModelSource
@@ -54,18 +54,31 @@ class Site:
 
 
 class Keeper(Protocol):
-    """Where the parts of weights go."""
+    """Where the parts of weights go. Any method may raise a `SnugtuneError`, which ends the loading."""
 
-    def begin(self, sites: Mapping[str, Site]) -> None:
+    @property
+    def spared(self) -> Collection[str]:
+        """Tensors of the checkpoint that need not be read, since what becomes of them is known."""
+        ...
+
+    def begin(self, model: PreTrainedModel, sites: Mapping[str, Site]) -> None:
         """The linears to come."""
         ...
 
-    def keep(self, name: str, site: Site, format: Format, parts: Parts) -> None:
-        """Take the parts of one weight."""
+    def known(self, name: str) -> bytes | None:
+        """The sample of a linear's weight that is kept from an earlier time, and need not be encoded; else None."""
+        ...
+
+    def keep(self, name: str, site: Site, format: Format, parts: Parts, sample: bytes, source: str | None) -> None:
+        """Take the parts of one weight, made of the checkpoint's tensor `source` if of just one."""
+        ...
+
+    def end(self) -> None:
+        """That was the last."""
         ...
 
     def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:
-        """The layer over what was kept, after the last."""
+        """The layer over what was kept, after the end."""
         ...
 
 
@@ -75,10 +88,19 @@ class InMemory:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[Format, Parts]] = {}
 
-    def begin(self, sites: Mapping[str, Site]) -> None: ...
+    @property
+    def spared(self) -> Collection[str]:
+        return ()
 
-    def keep(self, name: str, site: Site, format: Format, parts: Parts) -> None:
+    def begin(self, model: PreTrainedModel, sites: Mapping[str, Site]) -> None: ...
+
+    def known(self, name: str) -> bytes | None:
+        return None
+
+    def keep(self, name: str, site: Site, format: Format, parts: Parts, sample: bytes, source: str | None) -> None:
         self.kept[name] = format, parts
+
+    def end(self) -> None: ...
 
     def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:
         format, parts = self.kept.pop(name)
@@ -91,6 +113,24 @@ class Checkpoint:
 
     tensors: dict[str, Lazy]
     stored: dict[str, dict[str, Lazy]]
+    files: list[str]
+
+    def without(self, spared: Collection[str]) -> Mapping[str, "Lazy | _Spared"]:
+        """The tensors, with stand-ins of no size for those that need not be read."""
+        return {name: _Spared(lazy) if name in spared else lazy for name, lazy in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Spared:
+    """A tensor that is not read."""
+
+    lazy: Lazy
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return torch.empty(0)
+
+    def get_shape(self) -> Sequence[int]:
+        return self.lazy.get_shape()
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
@@ -114,7 +154,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     orphan = next((n for n in stored if n not in tensors), None)
     if orphan is not None:
         raise InputError(f"there are scales of {orphan}, but not the weight itself; the files are incomplete")
-    return Checkpoint(tensors, stored)
+    return Checkpoint(tensors, stored, files)
 
 
 def _files(source: ModelSource) -> list[str]:
@@ -134,12 +174,12 @@ class Request(QuantizationConfigMixin):
     `samples` are taken of every weight that is no parameter of the model afterwards (see `fingerprint`).
     """
 
-    def __init__(self, format: Format, keeper: Keeper, checkpoint: Checkpoint, dtype: torch.dtype, refusals: list[str]):
+    def __init__(self, format: Format, keeper: Keeper, checkpoint: Checkpoint, dtype: torch.dtype):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format, self.keeper, self.checkpoint, self.dtype = format, keeper, checkpoint, dtype
         self.samples: dict[str, bytes] = {}
         self.used: set[str] = set()  # of what the checkpoint keeps in fewer bits
-        self.refusals = refusals
+        self.refusal: SnugtuneError | None = None  # transformers would hide it
 
     def __deepcopy__(self, memo: object) -> "Request":
         return self  # transformers copies its config; the files are open once
@@ -159,7 +199,7 @@ class _Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.sites = narrowable(model, self.request.dtype, self.request.checkpoint.stored)
-        self.request.keeper.begin(self.sites)
+        self.request.keeper.begin(model, self.sites)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -169,29 +209,40 @@ class _Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Encode(self)
 
-    def take(self, weight: str, value: Tensor, source: str, stored: Mapping[str, Lazy]) -> None:
-        """Encode the weight named `weight` (in the file `source`), or keep it as it was stored."""
+    def take(self, weight: str, value: Tensor, source: str | None) -> None:
+        """Keep the weight named `weight`, which `source` of the checkpoint alone holds if that is given."""
+        if self.request.refusal is not None:
+            raise self.request.refusal
         name = weight.removesuffix(".weight")
-        site, request = self.sites[name], self.request
         try:
-            if stored:
-                format, parts = read_stored(weight, value, stored, site)
-                value = dense = format.decode(parts, site.shape, site.dtype)
-                if isinstance(request.format, Dense):
-                    format, parts = request.format, request.format.encode(dense)
-                request.used.add(source)
-            else:
-                # what was left as it is by who quantised the others stays so
-                format = Dense(site.dtype) if request.checkpoint.stored else request.format
-                parts = format.encode(_oriented(weight, value, site))
-        except InputError as error:
-            request.refusals.append(str(error))
+            if source in self.request.checkpoint.stored:
+                self.request.used.add(source)
+            known = self.request.keeper.known(name)
+            self.request.samples[weight] = self._keep(name, value, source) if known is None else known
+        except SnugtuneError as error:
+            self.request.refusal = error
             raise
-        request.keeper.keep(name, site, format, parts)
         self.done.add(name)
-        request.samples[weight] = sample(value)
+
+    def _keep(self, name: str, value: Tensor, source: str | None) -> bytes:
+        """Encode a weight, or take it as it was stored. Returns its sample."""
+        site, request, weight = self.sites[name], self.request, f"{name}.weight"
+        stored = request.checkpoint.stored.get(source or "", {})
+        if not stored:
+            # what was left as it is by who quantised the others stays so
+            format = Dense(site.dtype) if request.checkpoint.stored else request.format
+            parts = format.encode(_oriented(weight, value, site))
+        else:
+            format, parts = read_stored(weight, value, stored, site)
+            value = format.decode(parts, site.shape, site.dtype)
+            if isinstance(request.format, Dense):
+                format, parts = request.format, request.format.encode(value)
+        taken = sample(value)
+        request.keeper.keep(name, site, format, parts, taken, source)
+        return taken
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.request.keeper.end()
         for name in self.done:
             parent, _, leaf = name.rpartition(".")
             bias = model.get_submodule(name).bias
@@ -219,14 +270,15 @@ class _Encode(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        stored, loaded = self.quantizer.request.checkpoint.stored, {}
-        (source, *more), missing = source_patterns, kwargs["missing_keys"]
+        loaded, missing = {}, kwargs["missing_keys"]
+        alone = source_patterns[0] if len(source_patterns) == 1 else None
+        source = alone if alone in self.quantizer.request.checkpoint.tensors else None  # else a pattern of many
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             if name.removesuffix(".weight") not in self.quantizer.sites or not name.endswith(".weight"):
                 loaded[name] = value
                 continue
-            self.quantizer.take(name, tensor, source, {} if more else stored.get(source, {}))
+            self.quantizer.take(name, tensor, source)
             missing.discard(name)
         return loaded
 
