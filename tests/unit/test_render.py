@@ -522,7 +522,7 @@ def test_cutting_to_the_longest_length_is_counted(kept: str):
     if kept == "all":
         assert not drops.counts
     else:
-        words = "begin after max_seq_len" if kept == "none" else "cut to max_seq_len"
+        words = "no answer begins within max_seq_len" if kept == "none" else "cut to max_seq_len"
         assert count_of(drops, words) == 1 and places_of(drops, words) == ["data.jsonl:2"]
         assert len(drops.counts) == 1
     if kept != "none":
@@ -551,7 +551,8 @@ def test_what_the_template_refuses_is_counted_with_its_reason():
 def test_an_answer_that_begins_too_late_is_dropped_and_named():
     drops = Drops()
     assert render_all(conversations(talk("Hi", "Hello")), tokenizer_of(CHATML), 5, drops) == []
-    assert count_of(drops, "begin after max_seq_len=5") == 1 and places_of(drops, "begin after") == ["data.jsonl:1"]
+    words = "no answer begins within max_seq_len=5"
+    assert count_of(drops, words) == 1 and places_of(drops, words) == ["data.jsonl:1"]
 
 
 # What somebody says ----------------------------------------------------------------------------------------------------
