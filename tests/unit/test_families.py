@@ -13,7 +13,6 @@ from family_talks_for_tests import (
     GENERATION,
     TALKS,
     TOOLS,
-    call,
     calling,
     check,
     conversations,
