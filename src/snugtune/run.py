@@ -16,7 +16,7 @@ from snugtune.config import JobConfig, RunConfig
 from snugtune.errors import DivergedError, InputError, Interrupted, UnreadableError
 from snugtune.files import check_can_make, claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
-from snugtune.memory.budget import Watch
+from snugtune.memory.budget import Watch, give_back_large_blocks
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
@@ -163,6 +163,8 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     stored = stored_width(source, load_config(source, config.trust_remote_code))
     planned = make_plan(config, stored) if checkpoint is None else _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
+    if planned.plan.offload == "weights" and give_back_large_blocks():
+        observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device)
     base = _load(source, planned, checkpoint, config, observer)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)

@@ -171,7 +171,8 @@ def test_config_is_kept_resolved(trained: Trained) -> None:
     assert kept["method"]["target_modules"] == "all-linear"
     assert kept["optimizer"] == {"type": "adamw", "lr": RATE, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     assert kept["schedule"] == {"type": "cosine", "warmup": WARMUP}
-    assert kept["plan"] == {"weights": "fp32", "micro_batch": "auto", "recompute": "auto"}
+    free = {"micro_batch": "auto", "recompute": "auto", "optimizer_state": "auto", "offload": "auto"}
+    assert kept["plan"] == {"weights": "fp32", "double_quant": False, "outlier_threshold": 0.0, **free}
 
 
 def test_plan_holds_the_measured_peak(trained: Trained) -> None:

@@ -133,7 +133,7 @@ COMMANDS = {
         "run",
     ],
     "export": ["--adapter", "--base", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
-    "doctor": ["--help", "--json", "--quick"],
+    "doctor": ["--help", "--json", "--precision", "--quick", "--set"],
     "report": ["--help", "--open", "--output", "run"],
     "schema": ["--help"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
