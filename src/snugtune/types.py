@@ -78,7 +78,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The knobs a run was given. None of them changes what is learned, only what it costs."""
+    """The knobs a run was given. They change what it costs; what it learns only by rounding (narrow weights, 8-bit state)."""
 
     device: Literal["cpu", "cuda"]
     weights: Width

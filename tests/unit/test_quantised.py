@@ -100,6 +100,15 @@ def test_its_logits_are_those_of_the_dequantised_model(kind: str, arch: str, fol
         assert relative(base.model(input_ids=part[None]).logits, truth(input_ids=part[None]).logits) <= 1e-5
 
 
+def test_everything_that_is_computed_with_is_in_one_format(tmp_path: Path) -> None:
+    """Under fp16 a base is read in bf16 first; biases of encoded linears are no parameters by then."""
+    base = loaded(saved(tmp_path / "gpt2", "gpt2"), "int8", "fp16")
+    floating = {n: t.dtype for n, t in base.model.named_parameters()}
+    floating |= {n: t.dtype for n, t in base.model.named_buffers() if n.endswith(".bias")}
+    assert any(n.endswith(".bias") and "attn" in n for n in floating)
+    assert set(floating.values()) == {torch.float16}
+
+
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_fingerprint_survives_narrow_products(kind: str, compute: str, folders: Path) -> None:

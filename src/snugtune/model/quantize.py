@@ -245,10 +245,11 @@ class _Quantizer(HfQuantizer):
         self.request.keeper.end()
         for name in self.done:
             parent, _, leaf = name.rpartition(".")
-            bias = model.get_submodule(name).bias
+            site, bias = self.sites[name], model.get_submodule(name).bias
             if isinstance(bias, Tensor):
                 self.request.samples[f"{name}.bias"] = sample(bias)
-            linear = self.request.keeper.linear(name, self.sites[name], bias if isinstance(bias, Tensor) else None)
+                bias = bias.to(site.dtype)  # it may have been read in another: see `load_frozen`
+            linear = self.request.keeper.linear(name, site, bias if isinstance(bias, Tensor) else None)
             setattr(model.get_submodule(parent), leaf, linear)
         self.remove_quantization_config(model)
         return model
