@@ -24,7 +24,7 @@ class GradientError(SnugtuneError):
 
 
 class UnreadableError(StorageError):
-    """The disk no longer gives what weights are streamed from it. The step in which it happened did not happen."""
+    """The disk no longer gives or takes what a step keeps there. The step in which it happened did not happen."""
 
 
 class DivergedError(SnugtuneError):

@@ -88,6 +88,6 @@ class Plan:
     threads: int  # intra-op threads; another count changes the last bits
     compute: Dense  # number format of activations and products; that of the weights, where these are not narrower
     double_quant: bool = False  # nf4: the scales in 8 bits too
-    optimizer_state: OptimizerState = "fp32"  # paged: in 8 bits, and on the host when the GPU is full
+    optimizer_state: OptimizerState = "fp32"  # paged: in 8 bits, in the memory of the host
     offload: Offload = "none"  # weights: those of the blocks stay on disk; activations: the blocks' inputs do
     outlier_threshold: float = 0.0  # int8: from which magnitude on activations stay in `compute`; 0: all do

@@ -104,7 +104,8 @@ def plan_for_answers(stored: Width | None = None, weights: str = "auto", kept: K
     """
     device, kept = _device("auto"), kept or Kept()
     compute = _native(device)[0]
-    if weights == "auto" and kept.weights is not None and (kept.narrow or kept.offload == "weights"):
+    elsewhere = device == "cpu" and kept.weights == "fp16"  # trained on a GPU
+    if weights == "auto" and kept.weights is not None and (kept.narrow or kept.offload == "weights") and not elsewhere:
         width, why = kept.weights, "as the run was trained"
     else:
         width, why = _weights(weights, device, stored, "--weights")

@@ -32,11 +32,12 @@ def precision(config: RunConfig, plan: Plan) -> tuple[Row, ...]:
 
 def _base(plan: Plan) -> Iterator[Row]:
     compute, wide = plan.compute, BITS[plan.compute]
-    place = {"weights": "read from disk for each use", "none": "", "activations": ""}[plan.offload]
+    away = "on disk" if plan.device == "cpu" else "in host memory"
+    place = f"those of the blocks stay {away} between uses" if plan.offload == "weights" else ""
     yield Row("base", "weights of linears", _kept(plan), _products(plan), weight_bits(plan), place)
     yield Row("base", "embeddings, output head", compute, compute, wide)
     yield Row("base", "norms, biases", compute, compute, wide, "most models take the mean square in fp32")
-    spilled = "the blocks' inputs wait on disk" if plan.offload == "activations" else ""
+    spilled = f"the blocks' inputs wait {away}" if plan.offload == "activations" else ""
     yield Row("base", "activations and their gradients", compute, compute, wide, spilled)
     yield Row("base", "attention weights", compute, "fp32", wide, "the softmax; sequences longer than 1024: the kernel's own")
     yield Row("base", "logits, losses", "fp32", "fp32", None, f"the product with the head in {compute}; a few rows at a time")
@@ -54,7 +55,7 @@ def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:
         yield Row(name, f"{job.method.type} weights", "fp32", compute, 32.0, "cast for each product; what the optimizer steps")
     yield Row(name, "gradients of what trains", "fp32", "fp32", 32.0, f"made in {compute}, summed in fp32 over the step")
     kept, bits = ("fp32", 32.0) if plan.optimizer_state == "fp32" else ("8 bit", 8 + 32 / 256)
-    paged = "paged to the host when the GPU is full" if plan.optimizer_state == "paged" else ""
+    paged = "in the memory of the host" if plan.optimizer_state == "paged" else ""
     yield Row(name, f"{job.optimizer.type} state", kept, "fp32", bits, paged)
     yield Row(name, "gradient norm, loss sums", "fp32", "fp32", None, "taken job by job")
     if compute == "fp16":

@@ -1,5 +1,6 @@
 """Loading a base: from a `ModelSource` to a transformers model and tokenizer, with every doubt said or refused."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -136,7 +138,7 @@ def _load_into(
     keeper: Keeper, checkpoint: Checkpoint, source: ModelSource, config: PretrainedConfig, plan: Plan, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, bytes], list[str]]:
     # fp16 comes last: what its rounding loses would be missed by the fingerprint
-    read_as = torch.bfloat16 if plan.compute == "fp16" else DTYPES[plan.compute]
+    read_as = torch.float32 if plan.compute == "fp16" else DTYPES[plan.compute]
     request = Request(format_of(plan), keeper, checkpoint, DTYPES[plan.compute])
     try:
         with torch.device("meta"):
@@ -162,9 +164,12 @@ def _load_into(
         raise InputError(f"model: cannot load the weights of '{source.name}': {why}") from error
     notes = [*_check_whole(source, info), *_told_of_widths(model, plan, bool(checkpoint.stored))]
     samples = request.samples | {name: sample(p) for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(plan.device, DTYPES[plan.compute])
+    if plan.compute == "fp16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
     model.to(plan.device)  # pyright: ignore[reportArgumentType]
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(source.location)
     return model, samples, notes
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from snugtune.errors import StorageError
-from snugtune.files import cache_dir, claimed, make_folder, reason, remove_leftovers, whole_folder
+from snugtune.files import cache_dir, claimed, lies_in_memory, make_folder, reason, remove_leftovers, whole_folder
 from snugtune.model.blockfile import DATA, FORMAT, Index, Writer, room
 from snugtune.model.formats import Format, Parts
 from snugtune.model.frozen import FrozenLinear
@@ -51,7 +51,8 @@ class OnDisk(InMemory):
         assert self.index is not None
         where = "read from there block by block" if self.device == "cpu" else "kept in host memory"
         lie = f"the blocks' weights lie in {self.folder} ({_gib(self.index.size)})"
-        return f"{lie}, {where}; delete it when you no longer need it"
+        spared = "; but that is memory itself (tmpfs): set SNUGTUNE_CACHE to a folder on a disk"
+        return f"{lie}, {where}; delete it when you no longer need it{spared if lies_in_memory(self.folder) else ''}"
 
     def begin(self, model: PreTrainedModel, sites: Mapping[str, Site]) -> None:
         """Find the blocks. Raises `StorageError` where there is no room for them, or where the file is of another model."""

@@ -234,7 +234,8 @@ class _Quantizer(HfQuantizer):
             parts = format.encode(_oriented(weight, value, site))
         else:
             format, parts = read_stored(weight, value, stored, site)
-            value = format.decode(parts, site.shape, site.dtype)
+            wide = torch.float32 if site.dtype == torch.float16 else site.dtype  # see `load_frozen`
+            value = format.decode(parts, site.shape, wide)
             if isinstance(request.format, Dense):
                 format, parts = request.format, request.format.encode(value)
         taken = sample(value)

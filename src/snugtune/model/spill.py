@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from snugtune.errors import StorageError
+from snugtune.errors import StorageError, UnreadableError
 from snugtune.files import cache_dir, lies_in_memory, make_folder
 
-SMALLEST = 1 << 15
+SMALLEST = 1 << 12
 """Bytes below which a tensor stays where it is: it weighs less than the way there."""
 WRITES_AHEAD = 2
 """Tensors that may wait to be written; a forward that is faster than the disk waits for it."""
@@ -37,7 +37,7 @@ class Kept(Protocol):
         ...
 
     def tensor(self) -> Tensor:
-        """It, where it was. Raises `StorageError`."""
+        """It, where it was. Raises `UnreadableError`."""
         ...
 
 
@@ -135,7 +135,7 @@ class Disk:
         return kept
 
     def write(self, tensor: Tensor, version: int, at: int) -> None:
-        """Raises `StorageError`."""
+        """Raises `UnreadableError`."""
         data = memoryview(_bytes(tensor))
         try:
             while data:
@@ -147,7 +147,7 @@ class Disk:
             raise RuntimeError("the input of a block was changed in place while it was put away")
 
     def read(self, shape: torch.Size, dtype: torch.dtype, at: int) -> Tensor:
-        """Raises `StorageError`."""
+        """Raises `UnreadableError`."""
         tensor = torch.empty(shape, dtype=dtype)
         data = memoryview(_bytes(tensor))
         try:
@@ -160,9 +160,9 @@ class Disk:
             raise self._refused("read back", error) from error
         return tensor
 
-    def _refused(self, what: str, error: OSError) -> StorageError:
+    def _refused(self, what: str, error: OSError) -> UnreadableError:
         why = (error.strerror or str(error)).lower()
-        return StorageError(
+        return UnreadableError(
             f"plan.offload: activations cannot be {what} in {self.folder}: {why}; free space there, or set SNUGTUNE_CACHE to "
             "a folder on another disk"
         )
