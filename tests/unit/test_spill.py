@@ -1,30 +1,35 @@
 """Block inputs put away between forward and backward: the same bits, out of memory, and a disk that fails stops the step."""
 
 import errno
+import json
 import os
 import resource
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import lora_gradients, nll_packed, packed, sequences, shake, tiny_base
+from quantised import saved
 from snugtune.config import JobConfig, to_config
-from snugtune.errors import InputError, StorageError
+from snugtune.errors import InputError, StorageError, UnreadableError
 from snugtune.files import lies_in_memory
 from snugtune.memory.plan import make_plan
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.model.base import Base
 from snugtune.model.spill import WRITES_AHEAD, Disk, OnDisk, Spill
+from snugtune.run import Silent, train
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
+from snugtune.training.metrics import StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import Example, Offload, Plan
 
@@ -359,3 +364,29 @@ def test_models_with_a_way_of_their_own_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(base.model, "_set_gradient_checkpointing", old_kind)
     with pytest.raises(InputError, match=r"plan\.offload: 'tiny-llama' .* set it to none"):
         base.configure(recompute=True, head_rows=512, spill=True)
+
+
+class DiskBreaks(Silent):
+    """The disk can no longer be read after the first step, until `mended`."""
+
+    def __init__(self) -> None:
+        self.mended = ExitStack()
+
+    def step(self, metrics: StepMetrics) -> None:
+        if metrics.step == 1 and metrics.grad_norm is not None:
+            self.mended.enter_context(broken_reads(0))
+
+
+def test_a_run_goes_on_from_the_step_that_a_disk_failed_in(tmp_path: Path) -> None:
+    folder, data = saved(tmp_path / "model"), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n" for i in range(6)))
+    fields = {"model": str(folder), "data": str(data), "steps": 3, "batch_size": 2, "max_seq_len": 64, "checkpoint_every": 3}
+    plan = {"weights": "fp32", "offload": "activations"}
+    truth = train(to_config({**fields, "output": str(tmp_path / "truth"), "plan": plan}))
+    config, disk = to_config({**fields, "output": str(tmp_path / "run"), "plan": plan}), DiskBreaks()
+    with disk.mended, pytest.raises(UnreadableError, match="; state saved at step 1, the same command goes on"):
+        train(config, disk)
+    result = train(config)
+    assert [m["loss"] for m in result.metrics] == [m["loss"] for m in truth.metrics]
+    ours, theirs = (load_file(r.artefacts["default"] / "adapter_model.safetensors") for r in (result, truth))
+    assert equal(ours, theirs)
