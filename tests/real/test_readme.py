@@ -49,7 +49,7 @@ def followed(reader: Reader) -> Reader:
 @pytest.mark.slow
 def test_configs_commands_and_python_run(followed: Reader) -> None:
     runs = followed.folder / "runs"
-    assert {p.name for p in runs.iterdir()} == {"support", "words", "shops", "shop-a"}
+    assert {p.name for p in runs.iterdir()} == {"support", "words", "shops", "shop-a", "small"}
     (tree,) = (b.text for b in BLOCKS if b.kind == "text")
     for name in re.findall(r"^  (\S+)", tree, re.MULTILINE):
         assert (runs / "words" / name).exists(), f"no {name} in the run's folder"
