@@ -26,7 +26,7 @@ def _table(first: str) -> dict[str, list[str]]:
     """The rows of the table whose first row begins with `first`, by their first cell."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in DOC.splitlines() if line.startswith("|")]
     start = next(i for i, row in enumerate(rows) if row[0] == first)
-    end = next((i for i, row in enumerate(rows[start:], start) if row[0] in ("format", "weights")), len(rows))
+    end = next((i for i, row in enumerate(rows[start:], start) if row[0] in ("format", "base")), len(rows))
     return {row[0]: row[1:] for row in rows[start:end]}
 
 
