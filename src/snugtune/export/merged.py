@@ -83,7 +83,7 @@ def _narrow_base(onto: str | None, kept: Kept, stored: Width | None, say: Callab
         if onto == "original":
             raise InputError(f"--base original: the base exists in {stored} alone; leave it out to merge onto that, dequantized")
         say(f"the base exists in {stored} alone: merging onto its weights dequantized, as the adapter was trained on them")
-        return replace(plan, weights=stored, compute=kept.compute or "fp32")
+        return plan
     if not kept.narrow:
         if onto == "dequantized":
             raise InputError("--base dequantized: no run says that the base's weights were in fewer bits; leave it out")
