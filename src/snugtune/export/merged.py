@@ -82,7 +82,7 @@ def _narrow_base(onto: str | None, kept: Kept, stored: Width | None, say: Callab
     if stored is not None:
         if onto == "original":
             raise InputError(f"--base original: the base exists in {stored} alone; leave it out to merge onto that, dequantized")
-        say(f"the base exists in {stored} alone: merging onto its weights dequantized, as the adapter was trained on them")
+        say(f"the base exists in {stored} alone: merging onto its weights dequantized")
         return plan
     if not kept.narrow:
         if onto == "dequantized":
