@@ -193,6 +193,9 @@ class JobConfig(JobFields):
     """One job, complete."""
 
     name: str = Field(default=DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description=_NAMES)
+    weight: float = Field(
+        default=1.0, gt=0, le=1e6, description="this job's share of the tokens, as long as others train; 2: twice those of a 1"
+    )
 
     @model_validator(mode="after")
     def _weights_count(self) -> "JobConfig":
@@ -238,6 +241,10 @@ class PlanConfig(Config):
     offload: Literal["auto", "none", "activations", "weights"] = Field(
         default="auto",
         description="weights: those of the blocks stay on disk; activations: the blocks' inputs do, with recompute",
+    )
+    execution: Literal["auto", "fused", "interleaved"] = Field(
+        default="auto",
+        description="several jobs: fused: they share forwards; interleaved: they take turns; the results are equal",
     )
 
     @model_validator(mode="after")

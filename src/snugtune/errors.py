@@ -27,8 +27,16 @@ class UnreadableError(StorageError):
     """The disk no longer gives or takes what a step keeps there. The step in which it happened did not happen."""
 
 
-class DivergedError(SnugtuneError):
+class JobFailedError(SnugtuneError):
+    """Jobs of a run were given up; what its other jobs trained is there."""
+
+
+class DivergedError(JobFailedError):
     """A job's gradient stayed non-finite, and it was given up; what other jobs of the run trained is there."""
+
+
+class StopRequestedError(Exception):
+    """The user asked to stop in the middle of a step; that step did not happen."""
 
 
 class Interrupted(SnugtuneError):

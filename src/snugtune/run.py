@@ -6,20 +6,30 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from snugtune.config import JobConfig, RunConfig
-from snugtune.errors import DivergedError, InputError, Interrupted, UnreadableError
+from snugtune.errors import (
+    DivergedError,
+    InputError,
+    Interrupted,
+    JobFailedError,
+    SnugtuneError,
+    StopRequestedError,
+    StorageError,
+    UnreadableError,
+)
 from snugtune.files import check_can_make, claimed, make_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.memory.budget import Watch, give_back_large_blocks
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
+from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.selftest import check_gradients
 from snugtune.model.source import ModelSource, find_model
 from snugtune.report import write_report
@@ -27,9 +37,9 @@ from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
-from snugtune.training.job import Job, length_remark, start_job
-from snugtune.training.metrics import StepMetrics, held_out_course, read_metrics
-from snugtune.training.trainer import StopRequestedError, Trainer
+from snugtune.training.job import Job, length_remark, quarantine, start_job
+from snugtune.training.metrics import Sample, StepMetrics, held_out_course, read_metrics
+from snugtune.training.trainer import Trainer
 from snugtune.training.verdict import warning
 from snugtune.types import NARROW
 
@@ -77,7 +87,8 @@ class RunResult:
 def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
     """Train as `config` says, resuming what is there. Raises `SnugtuneError`; `Interrupted` after Ctrl-C, state saved.
 
-    A job that diverges is given up alone: the others go on, and `DivergedError` is raised when they are done.
+    A job that diverges or breaks is given up alone. The others go on, and when they are done it is told what broke it:
+    `JobFailedError` (`DivergedError` where its gradients did not stay finite), or what it raised itself.
     """
     observer = observer or Silent()
     folder, jobs = RunFolder(user_path(config.output, "output")), config.resolved_jobs()
@@ -104,7 +115,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         tracking = _start_tracking(config, folder, observer, fresh)
         claims.callback(tracking.end)
         folder.write_plan(session.planned, None)
-        write_whole(folder.data, json.dumps({job.name: job.data.summary() for job in session.all_jobs}, indent=2) + "\n")
+        write_whole(folder.data, json.dumps(session.data, indent=2) + "\n")
         claims.callback(_report, folder, observer)  # whatever the end is
         logs = Logs.open(session, tracking)
         observer.begin(list(session.trainer.jobs.values()))
@@ -113,22 +124,38 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             _loop(session, logs, observer)
         except StopRequestedError:
             session.save()
-            raise Interrupted(f"interrupted at step {session.step}; state saved, the same command goes on from there") from None
+            raise Interrupted(f"interrupted at {session.place}; state saved, the same command goes on from there") from None
         except UnreadableError as error:
             session.save()
-            raise UnreadableError(f"{error}; state saved at step {session.step}, the same command goes on from there") from error
+            raise UnreadableError(f"{error}; state saved at {session.place}, the same command goes on from there") from error
         finally:
             seconds = time.perf_counter() - started
             observer.end()
             logs.close()
         for text in _warnings(session):
             observer.note(text)
-        if failures := [job.failure for job in session.ended if job.failure]:
-            session.save()
-            raise DivergedError("; ".join(failures))
+        if session.parked or any(job.failure for job in session.ended):
+            _fail(session)
         folder.write_plan(session.planned, session.trainer.watch.peak())
         drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
+
+
+def _fail(session: Session) -> NoReturn:
+    """Raise what is to be told of the jobs that did not end well; the state of all is saved."""
+    with suppress(StorageError):  # a full disk is told of as what it did to the jobs
+        session.save()
+    bugs = [error for error in session.errors.values() if not isinstance(error, SnugtuneError)]
+    failures = [job.failure for job in session.ended if job.failure]
+    waiting = [str(error) for error in session.parked.values()]
+    if bugs:
+        for told in (*failures, *waiting):
+            bugs[0].add_note(told)
+        raise bugs[0]
+    if waiting:
+        raise StorageError("; ".join([*failures, *waiting]))
+    kind = JobFailedError if session.errors else DivergedError
+    raise kind("; ".join(failures))
 
 
 def _start_tracking(config: RunConfig, folder: RunFolder, observer: Observer, fresh: bool) -> Tracking:
@@ -160,28 +187,31 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     texts = {job.name: read_job(job) for job in config.resolved_jobs()}
     checkpoint = latest_checkpoint(folder.checkpoints)
     source = find_model(config.model, observer.note)
-    stored = stored_width(source, load_config(source, config.trust_remote_code))
-    planned = make_plan(config, stored) if checkpoint is None else _planned_before(checkpoint)
+    model_config = load_config(source, config.trust_remote_code)
+    planned = (
+        make_plan(config, stored_width(source, model_config), obstacle_to_sharing(model_config))
+        if checkpoint is None
+        else _planned_before(checkpoint)
+    )
     torch.set_num_threads(planned.plan.threads)
     if planned.plan.offload == "weights" and give_back_large_blocks():
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device)
     base = _load(source, planned, checkpoint, config, observer)
+    planned = _proved(planned, base, config.plan.execution == "fused", observer)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
-    session = Session(config, folder, planned, trainer, 0 if checkpoint is None else checkpoint.step)
+    session = Session(config, folder, planned, trainer)
     for job_config in config.resolved_jobs():
         data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note)
         for remark in data.remarks:
             observer.note(f"data ({job_config.name}): {remark}")
+        session.data[job_config.name] = data.summary()
+        if checkpoint is not None and (ended := checkpoint.ended(job_config)) is not None:
+            session.ended.append(ended)
+            continue
         job = start_job(base, job_config, data, planned.plan)
         if remark := length_remark(base, job_config, data):
             observer.note(f"data ({job.name}): {remark}")
-        before = {} if checkpoint is None else checkpoint.jobs.get(job.name, {})
-        if before.get("ended"):
-            job.step, job.failure = before["step"], before["failure"]
-            job.attached.detach()
-            session.ended.append(job)
-            continue
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
@@ -190,8 +220,9 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     if checkpoint is None:
         session.pending = trainer.start_metrics()
     else:
-        session.pending, session.saved = [StepMetrics(**fields) for fields in checkpoint.pending], checkpoint.step
-        observer.note(f"resuming after step {checkpoint.step}")
+        session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
+        session.saved = session.step, frozenset(trainer.jobs)
+        observer.note(f"resuming after {session.place}")
     return session
 
 
@@ -210,34 +241,59 @@ def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, 
     return base
 
 
+def _proved(planned: Planned, base: Base, pinned: bool, observer: Observer) -> Planned:
+    """The plan, with jobs in turns where this base or this machine cannot lay them side by side. `pinned`: they were to be."""
+    capacity = planned.plan.fused_tokens
+    if not capacity:
+        return planned
+    if base.apart is not None and pinned:
+        raise InputError(f"plan.execution: fused cannot be on '{base.name}' ({base.apart}); use interleaved")
+    if base.apart is None and base.rows_are_independent(capacity):
+        return planned
+    if pinned:
+        observer.note(
+            "plan: matrix products here give a row other last bits among others: fused, as asked, no job is as if alone"
+        )
+        return planned
+    why = base.apart or "matrix products here give a row other last bits among others"
+    observer.note(f"plan: jobs take turns after all ({why})")
+    return replace(planned, plan=replace(planned.plan, fused_tokens=0))
+
+
 def _loop(session: Session, logs: Logs, observer: Observer) -> None:
     """Steps until every job is done; evaluations and checkpoints where they are due."""
     trainer = session.trainer
     while True:
         while session.pending:
-            metrics = session.pending[0]
-            if metrics.eval_tokens is None:  # else it was evaluated before a disk failed under its samples
-                session.pending[0] = metrics = trainer.evaluated(metrics)
-                session.judge(metrics)
-            samples = trainer.samples(metrics)
-            logs.write(metrics, samples)
-            observer.step(metrics)
-            for sample in samples:
-                observer.note(f"{sample.job}: step {sample.step}  {_short(sample.prompt)} -> {_short(sample.answer)}")
-            session.pending.pop(0)
-        for job in [j for j in trainer.jobs.values() if j.ended]:
-            if job.failure is None:
-                session.finish(job, observer.note)
-            else:
-                observer.note(f"given up: {job.failure}")
-            session.ended.append(trainer.remove(job.name))
-        if not trainer.jobs:
-            return
-        if session.step and session.step % session.checkpoint_every == 0:
+            _report_step(session, logs, observer)
+        session.retire(observer.note)
+        if not any(job.active for job in trainer.jobs.values()):
+            break
+        if session.save_is_due():
             logs.sync()
             session.save()
         session.pending = trainer.step()
-        session.step += 1
+    session.try_parked(observer.note)
+
+
+def _report_step(session: Session, logs: Logs, observer: Observer) -> None:
+    """Evaluate and sample the first of the steps that are done, where that is due, and report it."""
+    trainer, metrics = session.trainer, session.pending[0]
+    job, samples = trainer.jobs[metrics.job], list[Sample]()
+    with quarantine(job):
+        if metrics.eval_tokens is None:  # else it was evaluated before a disk failed under its samples
+            metrics = trainer.evaluated(metrics)
+            session.judge(metrics)
+            session.pending[0] = metrics
+        samples = trainer.samples(metrics)
+    if session.park(job, observer.note):
+        session.held_back.append(session.pending.pop(0))
+        return
+    logs.write(metrics, samples)
+    observer.step(metrics)
+    for sample in samples:
+        observer.note(f"{sample.job}: step {sample.step}  {_short(sample.prompt)} -> {_short(sample.answer)}")
+    session.pending.pop(0)
 
 
 def _warnings(session: Session) -> list[str]:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from snugtune.config import RunConfig
+from snugtune.errors import StorageError
 from snugtune.files import whole_folder
 from snugtune.folder import RunFolder
 from snugtune.memory.plan import Planned
 from snugtune.tracking import Tracking
 from snugtune.training.checkpoint import load_best, save_best, save_checkpoint
-from snugtune.training.job import Job
+from snugtune.training.job import Ended, Job, quarantine
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW
@@ -27,26 +29,47 @@ class Session:
     folder: RunFolder
     planned: Planned
     trainer: Trainer
-    step: int = 0  # of the run; every unfinished job takes one step in each
-    ended: list[Job] = field(default_factory=list)  # finished, or given up
+    ended: list[Ended] = field(default_factory=list)  # finished, or given up
+    errors: dict[str, Exception] = field(default_factory=dict)  # what broke jobs in this session
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> what its data is
+    parked: dict[str, StorageError] = field(default_factory=dict)  # jobs that could not be written; they keep their state
     pending: list[StepMetrics] = field(default_factory=list)  # steps done, not yet evaluated and reported
-    saved: int = -1  # the step of the newest checkpoint
+    saved: tuple[int, frozenset[str]] | None = None  # the newest checkpoint: its step, and the jobs that go on
+    held_back: list[StepMetrics] = field(default_factory=list)  # of parked jobs: evaluated once their disk takes it
+    looked: int = 0  # the step at which one was last thought of
 
     @property
-    def checkpoint_every(self) -> int:
-        return self.config.checkpoint_every or max(1, -(-max(j.total for j in self.all_jobs) // AUTO_CHECKPOINTS))
+    def step(self) -> int:
+        """Optimizer steps of all jobs together."""
+        return sum(job.step for job in self.all_jobs)
 
     @property
-    def all_jobs(self) -> list[Job]:
+    def all_jobs(self) -> list[Job | Ended]:
         return [*self.trainer.jobs.values(), *self.ended]
+
+    @property
+    def place(self) -> str:
+        """Where the run stands, in words."""
+        jobs = self.all_jobs
+        if len(jobs) == 1:
+            return f"step {self.step}"
+        return f"step {min(job.step for job in jobs)} to {max(job.step for job in jobs)} of {len(jobs)} jobs"
+
+    def save_is_due(self) -> bool:
+        """Whether each job that trains has done, on average, as many steps as lie between two checkpoints."""
+        every = self.config.checkpoint_every or max(1, -(-max(j.total for j in self.all_jobs) // AUTO_CHECKPOINTS))
+        every *= max(1, len(self.trainer.jobs))
+        before, self.looked = self.looked, self.step
+        return self.step // every > before // every
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last whole step, unless there is one."""
-        if self.step != self.saved:
+        state = self.step, frozenset(self.trainer.jobs)
+        if state != self.saved:
             root, keep, base = self.folder.checkpoints, self.config.keep_checkpoints, self.trainer.base.fingerprint
             active = list(self.trainer.jobs.values())
-            save_checkpoint(root, self.step, self.planned.plan, base, active, self.ended, self.pending, keep)
-            self.saved = self.step
+            save_checkpoint(root, self.step, self.planned.plan, base, active, self.ended, [*self.pending, *self.held_back], keep)
+            self.saved = state
 
     def judge(self, metrics: StepMetrics) -> None:
         """Note a better held-out loss, and keep the weights that gave it where they are the result.
@@ -54,14 +77,53 @@ class Session:
         A job that has ended has them back: what it is asked last is asked of its result.
         """
         job = self.trainer.jobs[metrics.job]
+        before = job.best, job.to_beat, job.stale
         if job.judge(metrics) and job.config.keep_best:
-            save_best(self.folder.checkpoints, job)
-        if job.ended and job.failure is None and self._best_is_earlier(job):
+            try:
+                save_best(self.folder.checkpoints, job)
+            except StorageError:
+                job.best, job.to_beat, job.stale = before  # as if it were not judged yet
+                raise
+        if job.ended and self._best_is_earlier(job):
             load_best(self.folder.checkpoints, job)
 
     @staticmethod
     def _best_is_earlier(job: Job) -> bool:
         return job.config.keep_best and job.best is not None and job.best.step != job.step
+
+    def retire(self, note: Callable[[str], None]) -> None:
+        """Let the jobs that have ended leave: their results are saved, their memory is free.
+
+        One that the disk does not take is parked.
+        """
+        for job in [job for job in self.trainer.jobs.values() if job.ended and not job.paused]:
+            if job.failure is None:
+                with quarantine(job):
+                    self.finish(job, note)
+            if self.park(job, note):
+                continue
+            if job.failure is not None:
+                note(f"given up: {job.failure}")
+            if job.error is not None:
+                self.errors[job.name] = job.error
+            self.ended.append(Ended.of(job))
+            self.trainer.remove(job.name)
+
+    def park(self, job: Job, note: Callable[[str], None]) -> bool:
+        """Where the disk refused a job, let it stand as it is until the others are done; says whether that is so."""
+        if not isinstance(job.error, StorageError):
+            return False
+        self.parked[job.name], job.paused = job.error, True
+        job.failure = job.error = None
+        note(f"{job.name}: waits as it is, the others go on: {self.parked[job.name]}")
+        return True
+
+    def try_parked(self, note: Callable[[str], None]) -> None:
+        """Save the results of parked jobs after all, where the disk takes them by now."""
+        for name in [name for name in self.parked if self.trainer.jobs[name].ended]:
+            del self.parked[name]
+            self.trainer.jobs[name].paused = False
+        self.retire(note)
 
     def finish(self, job: Job, note: Callable[[str], None]) -> None:
         """Save the result of a job that has ended well: its last state, or its best."""
@@ -78,7 +140,7 @@ class Session:
 
     def reported(self) -> dict[str, int]:
         """Job -> the last step whose metrics are final."""
-        return {job.name: job.step for job in self.all_jobs} | {m.job: m.step - 1 for m in self.pending}
+        return {job.name: job.step for job in self.all_jobs} | {m.job: m.step - 1 for m in (*self.pending, *self.held_back)}
 
 
 @dataclass(frozen=True)
@@ -92,8 +154,8 @@ class Logs:
     @classmethod
     def open(cls, session: Session, tracking: Tracking) -> "Logs":
         """Open them, cut back to where each job stands. Raises `StorageError`."""
-        resume_at = session.reported() if session.saved >= 0 else None
-        asked = any(job.data.prompts for job in session.all_jobs)
+        resume_at = None if session.saved is None else session.reported()
+        asked = any(job.data.prompts for job in session.trainer.jobs.values()) or session.folder.samples.exists()
         samples = MetricsFile(session.folder.samples, resume_at) if asked else None
         return cls(MetricsFile(session.folder.metrics, resume_at), samples, tracking)
 

@@ -17,9 +17,14 @@ NARROW: frozenset[str] = frozenset({"int8", "nf4"})
 Recompute = Literal["none", "blocks"]
 OptimizerState = Literal["fp32", "8bit", "paged"]
 Offload = Literal["none", "activations", "weights"]
+Execution = Literal["interleaved", "fused"]
 
 MIN_ROWS = 16
 """Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""
+
+
+FULL_FORWARD = 512
+"""Tokens a forward should at least have room for: with half of that, steps were a quarter slower on 2 CPU cores."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Plan:
 
     device: Literal["cpu", "cuda"]
     weights: Width
-    micro_batch: int  # a chunk holds at most micro_batch * max_seq_len tokens
+    micro_batch: int  # a chunk holds at most micro_batch * max_seq_len tokens; 0: each job's own, what fills a forward
     recompute: Recompute
     head_rows: int  # rows of logits alive at once
     threads: int  # intra-op threads; another count changes the last bits
@@ -91,3 +96,4 @@ class Plan:
     optimizer_state: OptimizerState = "fp32"  # paged: in 8 bits, in the memory of the host
     offload: Offload = "none"  # weights: those of the blocks stay on disk; activations: the blocks' inputs do
     outlier_threshold: float = 0.0  # int8: from which magnitude on activations stay in `compute`; 0: all do
+    fused_tokens: int = 0  # a forward that jobs share holds at most so many tokens; 0: they take turns (interleaved)

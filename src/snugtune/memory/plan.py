@@ -9,12 +9,10 @@ import torch
 from snugtune.config import PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS
-from snugtune.types import NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
+from snugtune.types import FULL_FORWARD, NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
 
 HEAD_ROWS = 512
 _NO_FP16 = "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
-FULL_FORWARD = 512
-"""Tokens a forward should at least have room for: with half of that, steps were a quarter slower on 2 CPU cores."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,10 @@ class Planned:
     reasons: tuple[str, ...]
 
 
-def make_plan(config: RunConfig, stored: Width | None = None) -> Planned:
+def make_plan(config: RunConfig, stored: Width | None = None, apart: str | None = None) -> Planned:
     """Choose the knobs; `stored` is the format that the checkpoint keeps its weights in, where it is a narrow one.
+
+    `apart`: why this base's jobs cannot share a forward, where its config tells.
 
     Raises `InputError` for a pin that this device, the methods or the checkpoint cannot serve.
     """
@@ -34,12 +34,11 @@ def make_plan(config: RunConfig, stored: Width | None = None) -> Planned:
     weights, why_weights = _weights(pins.weights, device, stored)
     offload, recompute = _offload(pins)
     _check_frozen(config, weights, offload, stored)
-    longest = max(job.max_seq_len for job in config.resolved_jobs())
-    micro_batch = max(1, FULL_FORWARD // longest) if pins.micro_batch == "auto" else pins.micro_batch
+    fused_tokens, why_execution = _execution(config, apart)
     plan = Plan(
         device=device,
         weights=weights,
-        micro_batch=micro_batch,
+        micro_batch=_micro_batch(config),
         recompute=recompute,
         head_rows=HEAD_ROWS,
         threads=torch.get_num_threads(),
@@ -48,8 +47,36 @@ def make_plan(config: RunConfig, stored: Width | None = None) -> Planned:
         outlier_threshold=pins.outlier_threshold,
         optimizer_state=_optimizer_state(config, device),
         offload=offload,
+        fused_tokens=fused_tokens,
     )
-    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan)))
+    together = (why_execution,) if why_execution else ()
+    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together))
+
+
+def _micro_batch(config: RunConfig) -> int:
+    """Sequences of a chunk. Where lengths differ it is each job's own: what it learns must not depend on its neighbours'."""
+    if config.plan.micro_batch != "auto":
+        return config.plan.micro_batch
+    lengths = {job.max_seq_len for job in config.resolved_jobs()}
+    return max(1, FULL_FORWARD // lengths.pop()) if len(lengths) == 1 else 0
+
+
+def _execution(config: RunConfig, apart: str | None) -> tuple[int, str]:
+    """Tokens of a forward that several jobs share (0: they take turns), and why, in words. Nothing is said of a single job."""
+    wanted, jobs = config.plan.execution, config.resolved_jobs()
+    if wanted == "fused" and apart is not None:
+        raise InputError(f"plan.execution: fused cannot be on '{config.model}' ({apart}); use interleaved")
+    if len(jobs) == 1:
+        return 0, ""
+    if wanted == "interleaved" or apart is not None:
+        return 0, f"{len(jobs)} jobs take turns ({'as asked' if apart is None else apart})"
+    longest = max(job.max_seq_len for job in jobs)
+    pinned = 1 if config.plan.micro_batch == "auto" else config.plan.micro_batch
+    room = max(FULL_FORWARD, pinned * longest) if wanted == "fused" else FULL_FORWARD
+    return (
+        room,
+        f"{len(jobs)} jobs share forwards of up to {room} tokens ({'as asked' if wanted == 'fused' else 'short chunks gain'})",
+    )
 
 
 def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:
@@ -58,7 +85,9 @@ def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:
     return (
         f"device {plan.device} ({name})",
         f"weights {plan.weights} ({why_weights}{narrow})",
-        f"at most {plan.micro_batch} x max_seq_len tokens a forward",
+        f"at most {plan.micro_batch} x max_seq_len tokens a forward"
+        if plan.micro_batch
+        else f"at most {FULL_FORWARD} tokens a forward, or one sequence",
         "each block's activations recomputed in backward" if plan.recompute == "blocks" else "activations kept",
     )
 

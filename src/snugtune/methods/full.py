@@ -53,6 +53,9 @@ class FullAttached:
             assert master.grad is not None
             master.grad.zero_()
 
+    def drop_grad(self) -> None:
+        """They stay: as large as the model, they take long to make."""
+
     def publish(self) -> None:
         with torch.no_grad():
             for name, master in self.masters.items():

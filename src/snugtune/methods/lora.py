@@ -84,7 +84,6 @@ class LoraAttached:
         """`factors` are taken over one by one, `total` numbers in all: they need not be there at the same time."""
         self.base, self.job, self.config = base, job, config
         self.flat = nn.Parameter(torch.empty(total, dtype=torch.float32, device=base.device))
-        self.flat.grad = torch.zeros_like(self.flat)
         self.sites: list[str] = []
         at = 0
         for name, (a, b, scale) in factors:
@@ -92,9 +91,7 @@ class LoraAttached:
             views: list[Tensor] = []
             for source in (a, b):
                 part = slice(at, at + source.numel())
-                view = self.flat.detach()[part].view(source.shape).copy_(source).requires_grad_()
-                view.grad = self.flat.grad[part].view(source.shape)  # backward accumulates straight into the flat buffer
-                views.append(view)
+                views.append(self.flat.detach()[part].view(source.shape).copy_(source).requires_grad_())
                 at = part.stop
             base.site(name).slots[job] = Slot(views[0], views[1], scale, float(config.lora_dropout))
 
@@ -106,8 +103,20 @@ class LoraAttached:
         return [factor for slot in slots for factor in (slot.a, slot.b)]
 
     def zero_grad(self) -> None:
-        assert self.flat.grad is not None
-        self.flat.grad.zero_()
+        if self.flat.grad is not None:
+            self.flat.grad.zero_()
+            return
+        self.flat.grad = torch.zeros_like(self.flat)
+        at = 0
+        for factor in self.matrices():  # backward accumulates straight into the flat buffer
+            factor.grad = self.flat.grad[at : at + factor.numel()].view(factor.shape)
+            at += factor.numel()
+
+    def drop_grad(self) -> None:
+        """Of many jobs only those in the middle of a step have gradients."""
+        self.flat.grad = None
+        for factor in self.matrices():
+            factor.grad = None
 
     def publish(self) -> None:
         """Nothing to bring anywhere: the sites look at the flat buffer itself."""

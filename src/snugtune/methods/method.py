@@ -14,7 +14,7 @@ class Attached(Protocol):
     job: str
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer steps: fp32, with `.grad` allocated and accumulated into by backward."""
+        """What the optimizer steps: fp32; backward accumulates into their `.grad` from `zero_grad` to `drop_grad`."""
         ...
 
     def matrices(self) -> list[Tensor]:
@@ -22,7 +22,11 @@ class Attached(Protocol):
         ...
 
     def zero_grad(self) -> None:
-        """Set the gradients to zero (they stay allocated)."""
+        """Begin a step: gradients of zeros."""
+        ...
+
+    def drop_grad(self) -> None:
+        """Give back the memory of gradients that can be had again at no cost."""
         ...
 
     def publish(self) -> None:

@@ -42,8 +42,9 @@ _FUSED_IN_MAMBA = frozenset({"out_proj", "dt_proj"})
 class Base:
     """A pretrained model with its tokenizer, head and sites.
 
-    `packable` says whether several sequences may share a row (decided by rule and proved at construction); `moe`
-    whether experts see neighbours' rows; `notes` what the user should be told; `fingerprint` identifies the weights.
+    `packable` says whether several sequences may share a row (decided by rule and proved at construction); `apart` why
+    several jobs cannot share a forward, if so; `moe` whether experts see neighbours' rows; `notes` what the user should be
+    told; `fingerprint` identifies the weights.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Base:
         linears = {n: m for n, m in model.named_modules() if FrozenLinear.takes(m) or isinstance(m, FrozenLinear)}
         self.linear_names = tuple(linears)
         self.conv1d_names = frozenset(n for n, m in linears.items() if isinstance(m, Conv1D) or getattr(m, "transposed", False))
-        self.moe = _count_experts(model) is not None
+        self.moe = proofs.experts_of(model.config) is not None
         self.notes = notes
         self._prove()
         if self.packable:
@@ -90,6 +91,7 @@ class Base:
         self.read_past = proofs.read_past(model, self.linear_names)
         obstacle = proofs.packing_obstacle(model, self.body, self.moe)
         self.packable = obstacle is None
+        self.apart = obstacle or proofs.obstacle_to_sharing(model.config)
         if obstacle is not None:
             self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
         head = proofs.plain_head(model, self.body)
@@ -136,7 +138,7 @@ class Base:
 
         PEFT reads the names of an MoE's feed-forward linears (shared experts, dense first layers) as the fused experts.
         """
-        experts = _count_experts(self.model)
+        experts = proofs.experts_of(self.model.config)
         head = self.model.get_output_embeddings()
         names = []
         for name in self.linear_names:
@@ -181,6 +183,11 @@ class Base:
             raise InputError(f"plan.offload: '{self.name}' brings its own way of recomputing its blocks; set it to none")
         recomputed = Spill(place_for(self.device)).checkpoint
         self.model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputed)
+
+    def rows_are_independent(self, most: int) -> bool:
+        """Whether rows of this base's products keep their bits among others, up to `most` rows at once."""
+        shapes = {FrozenLinear.shape_of(self.model.get_submodule(name)) for name in self.linear_names}
+        return proofs.rows_are_independent(shapes, self.dtype, self.device, most)
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[None]:
@@ -265,11 +272,6 @@ def _find_body(model: PreTrainedModel) -> PreTrainedModel | None:
     candidates = (model.get_decoder(), model.base_model, *model.children())
     inner = (m for m in candidates if isinstance(m, PreTrainedModel) and m is not model)
     return next((m for m in inner if m.get_output_embeddings() is None), None)
-
-
-def _count_experts(model: PreTrainedModel) -> int | None:
-    counts = (getattr(model.config, k, None) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
-    return next((c for c in counts if isinstance(c, int) and c > 1), None)
 
 
 def fingerprint(samples: Mapping[str, bytes]) -> str:

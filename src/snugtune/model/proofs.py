@@ -4,7 +4,7 @@ Every function looks at a model in its native attention and leaves it as it was.
 hidden states, or None. Shapes: T tokens of a row, D model width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from snugtune.errors import SnugtuneError
 from snugtune.model import attention
 from snugtune.model.head import Logits
-from snugtune.types import Batch
+from snugtune.types import MIN_ROWS, Batch
 
 _PROOF = f"{attention.NAME}_proof"
 # RoPE variants whose angles depend on the length of the whole row, not on positions alone.
@@ -86,6 +86,42 @@ def packing_obstacle(model: PreTrainedModel, body: PreTrainedModel | None, moe: 
     return _known_obstacle(model) or _seen_obstacle(model, body, moe)
 
 
+def experts_of(config: PretrainedConfig) -> int | None:
+    """How many experts a layer chooses from; None where it is no mixture."""
+    counts = (getattr(config, k, None) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return next((c for c in counts if isinstance(c, int) and c > 1), None)
+
+
+def obstacle_to_sharing(config: PretrainedConfig) -> str | None:
+    """Why several jobs cannot share a forward of such a model, as far as its config tells."""
+    if experts_of(config) is not None:
+        return "its experts see the rows of all jobs"
+    return _obstacle_in(config)
+
+
+def rows_are_independent(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device, most: int) -> bool:
+    """Whether a row of a matrix product has the same bits wherever it stands among how many others, from `MIN_ROWS` to `most`.
+
+    `shapes`: [out, in] of the weights. That is a property of this machine's library and its number of threads; it is tried on
+    random numbers, forth and back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    counts = sorted({MIN_ROWS, MIN_ROWS + 1, 23, 32, 61, 100, most // 3, most // 2} & set(range(MIN_ROWS, most + 1)))
+    for out, into in sorted(set(shapes)):
+        weight = torch.randn(out, into, generator=generator).to(device, dtype)
+        for x, w in (
+            (torch.randn(most, into, generator=generator), weight.t()),
+            (torch.randn(most, out, generator=generator), weight),
+        ):
+            x = x.to(device, dtype)
+            whole = x @ w
+            for count in counts:
+                parts = [slice(0, count), slice(most - count, most), slice((most - count) // 2, (most - count) // 2 + count)]
+                if any(not torch.equal(x[part].clone() @ w, whole[part]) for part in parts):
+                    return False
+    return True
+
+
 def plain_head(model: PreTrainedModel, body: PreTrainedModel | None) -> tuple[nn.Module, Logits] | None:
     """The output projection and what becomes of its product, if they reproduce the model's own logits."""
     project = model.get_output_embeddings()
@@ -120,9 +156,14 @@ def _mode(model: PreTrainedModel, training: bool) -> Iterator[None]:
 
 def _known_obstacle(model: PreTrainedModel) -> str | None:
     """Why sequences must not share a row, as far as the config tells; leaks that show only at length are found here."""
-    config = model.config
     if getattr(model, "_is_stateful", False):
         return "it carries a state along the row"
+    if (told := _obstacle_in(model.config)) is not None:
+        return told
+    return None if model._supports_attention_backend else "its attention is not replaceable"
+
+
+def _obstacle_in(config: PretrainedConfig) -> str | None:
     kinds = [str(k) for k in getattr(config, "layer_types", None) or ()]
     stateful = [k for k in kinds if any(word in k for word in _STATEFUL_LAYERS)]
     if stateful:
@@ -133,8 +174,6 @@ def _known_obstacle(model: PreTrainedModel) -> str | None:
     for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
         if part.get("rope_type") in _ROW_DEPENDENT_ROPE:
             return f"{part['rope_type']} RoPE depends on the row's length"
-    if not model._supports_attention_backend:
-        return "its attention is not replaceable"
     return None
 
 

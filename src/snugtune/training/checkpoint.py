@@ -15,13 +15,14 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.files import read_json, whole_folder
-from snugtune.training.job import Job
+from snugtune.training.job import Best, Ended, Job
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import Plan
 
-FORMAT = 4
+FORMAT = 5
 _BEST = "best-"
 
 
@@ -31,18 +32,24 @@ class _Progress(BaseModel):
     step: int
 
 
+class _Best(_Progress):
+    eval_loss: float
+
+
 class _Ended(_Progress):
+    """What is kept of a job that has left."""
+
+    total: int
     failure: str | None
+    untuned: float | None
+    best: _Best | None
+    largest_weight: float
 
 
 class _Position(_Progress):
     """Whose step a report is of."""
 
     job: str
-
-
-class _Best(_Progress):
-    eval_loss: float
 
 
 class _Entry(BaseModel):
@@ -56,6 +63,7 @@ class _Numbers(_Progress):
     """The plain numbers of a job that goes on."""
 
     data: str
+    served: float
     skipped_in_a_row: int
     seen_tokens: int
     seen_label_tokens: int
@@ -78,6 +86,15 @@ class Checkpoint:
     base: str  # fingerprint
     jobs: dict[str, dict[str, Any]]
     pending: list[dict[str, Any]]  # metrics of steps whose evaluation was not done yet
+
+    def ended(self, config: JobConfig) -> Ended | None:
+        """How a job ended; None for one that goes on, or has not begun."""
+        numbers = self.jobs.get(config.name, {})
+        if not numbers.get("ended"):
+            return None
+        known = {name: numbers[name] for name in _Ended.model_fields}
+        best = None if known["best"] is None else Best(**known["best"])
+        return Ended(**known | {"config": config, "best": best})
 
     def restore(self, job: Job) -> None:
         """Bring a freshly started job to where it stood. Raises `InputError` when its data is not what it was."""
@@ -103,16 +120,14 @@ def save_checkpoint(
     plan: Plan,
     base: str,
     active: Sequence[Job],
-    ended: Sequence[Job],
+    ended: Sequence[Ended],
     pending: Sequence[StepMetrics],
     keep: int,
 ) -> Path:
     """Write the state after run step `step`, then delete all but the newest `keep`. Raises `StorageError`."""
     target = root / f"step-{step:08d}"
     with whole_folder(target) as made:
-        numbers: dict[str, dict[str, Any]] = {
-            job.name: {"ended": True, "step": job.step, "failure": job.failure} for job in ended
-        }
+        numbers: dict[str, dict[str, Any]] = {job.name: {"ended": True} | job.numbers() for job in ended}
         for job in active:
             tensors, numbers[job.name] = job.state()
             save_file({k: v.contiguous() for k, v in tensors.items()}, made / f"{job.name}.safetensors")

@@ -1,8 +1,9 @@
 """A job: one named training and where it stands."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,16 +12,16 @@ from torch import Tensor
 from snugtune.config import JobConfig
 from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
-from snugtune.errors import InputError
+from snugtune.errors import InputError, SnugtuneError, StopRequestedError, UnreadableError
 from snugtune.methods import METHODS, Attached
 from snugtune.model.base import Base
 from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
-from snugtune.types import Chunk, Plan
+from snugtune.types import FULL_FORWARD, Chunk, Plan
 
-_COUNTERS = ("step", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale", "failure")
+_COUNTERS = ("step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale", "failure")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Job:
     capacity: int  # tokens of a chunk; 0: one sequence a chunk
     scaler: torch.amp.GradScaler | None = None  # fp16 only
     step: int = 0
+    served: float = 0.0  # virtual tokens of its whole steps: tokens / weight, from where it joined
     skipped_in_a_row: int = 0
     seen_tokens: int = 0
     seen_label_tokens: int = 0
@@ -53,6 +55,8 @@ class Job:
     to_beat: float | None = None  # the held-out loss that patience is measured from
     stale: int = 0  # evaluations since then
     failure: str | None = None  # why it was given up
+    error: Exception | None = None  # what broke it, unless it diverged
+    paused: bool = False  # it stands as it is, and takes no part
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +75,11 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.finished or self.stopped_early or self.failure is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether it has steps to do."""
+        return not (self.ended or self.paused)
 
     @property
     def stopped_early(self) -> bool:
@@ -154,6 +163,55 @@ class Job:
             self.scaler.load_state_dict(numbers["scaler"])
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a job that has left its run: how it stood, and nothing that takes memory."""
+
+    config: JobConfig
+    step: int
+    total: int
+    failure: str | None = None
+    untuned: float | None = None
+    best: Best | None = None
+    largest_weight: float = 0.0  # absolute
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the config, as plain numbers."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("config", "best")}
+        return plain | {"best": None if self.best is None else asdict(self.best)}
+
+    @classmethod
+    def of(cls, job: Job) -> "Ended":
+        largest = largest_weight(job.attached)
+        return cls(job.config, job.step, job.total, job.failure, job.untuned, job.best, largest)
+
+
+def largest_weight(attached: Attached) -> float:
+    """The largest absolute value among trained weights; not a number where one of them is none."""
+    norms = [float(torch.linalg.vector_norm(p.detach(), float("inf"))) for p in attached.parameters() if p.numel()]
+    return float(torch.tensor([0.0, *norms]).max())
+
+
+@contextmanager
+def quarantine(job: Job) -> Iterator[None]:
+    """Whatever goes wrong inside the block is trouble of this job alone: it is given up, its neighbours go on.
+
+    What all jobs share is nobody's own: the base's disk, the memory, and the user's wish to stop.
+    """
+    try:
+        yield
+    except (StopRequestedError, UnreadableError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        job.error = error
+        told = str(error) if isinstance(error, SnugtuneError) else f"{type(error).__name__}: {error}"
+        job.failure = f"job '{job.name}': {told}"
+
+
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0."""
     _check_fits(base, config, data)
@@ -164,7 +222,7 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         data=data,
         attached=attached,
         optimizer=config.optimizer.build(weights, plan.optimizer_state),
-        capacity=plan.micro_batch * config.max_seq_len if base.packable else 0,
+        capacity=(plan.micro_batch or max(1, FULL_FORWARD // config.max_seq_len)) * config.max_seq_len if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
 

@@ -1,30 +1,35 @@
-"""The trainer: one step of all due jobs on one base, as a story.
+"""The trainer: the steps of all jobs on one base, as a story.
 
-Due jobs give their chunks; each job's loss size is known before any forward; chunks go in batches through the base under
-their routing; each job's loss is a sum over its chunks divided once by its own size; then every job clips its own norm,
-is skipped alone if that is not finite, and steps its own optimizer.
+Whoever is furthest behind gives its next chunk, and others' chunks share its forward where there is room; each job's loss
+size is known before any forward; a job's loss is a sum over its chunks divided once by its own size. When the last chunk of
+a job's step is through, that job clips its own norm, is skipped alone if that is not finite, and steps its own optimizer.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from snugtune.data.pack import collate
+from snugtune.errors import StopRequestedError
 from snugtune.model.base import Base
 from snugtune.model.generate import Sampling, generate
 from snugtune.optim import clip_grad_norm
-from snugtune.training.job import Job
+from snugtune.training.job import Job, quarantine
 from snugtune.training.metrics import Sample, StepMetrics
-from snugtune.training.schedule import schedule
-from snugtune.types import MIN_ROWS, Batch, Chunk, Plan
+from snugtune.training.schedule import Waiting, next_batch, schedule
+from snugtune.types import MIN_ROWS, Batch, Chunk, Plan, Segment
 
 MAX_SKIPS = 10
 """Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
+
+Guard = Callable[[Job], AbstractContextManager[None]]
+"""What becomes of an exception in a job's own part of the work."""
 
 
 class Watch(Protocol):
@@ -35,8 +40,19 @@ class Watch(Protocol):
         ...
 
 
-class StopRequestedError(Exception):
-    """The user asked to stop in the middle of a step; that step did not happen."""
+@dataclass
+class _Turn:
+    """A job's optimizer step under way: its chunks, and how many of them went through the base."""
+
+    chunks: list[Chunk]
+    size: float
+    loss: Tensor
+    began: tuple[int, float]  # the trainer's tokens and seconds then
+    done: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks[: self.done])
 
 
 class Trainer:
@@ -48,35 +64,43 @@ class Trainer:
         self.watch = watch
         self.stop_requested = stop_requested
         self.jobs: dict[str, Job] = {}
-        self.fused_tokens = 0  # capacity of a batch that several jobs share; 0: one chunk at a time
+        self.turns: dict[str, _Turn] = {}  # of the jobs in the middle of a step
+        self.tokens, self.seconds = 0, 0.0  # of all jobs' training so far
         base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
 
     def add(self, job: Job) -> None:
-        """Let `job` take part from the next step on. Its name must be new."""
+        """Let `job` take part from now on. Its name must be new. One that comes late has no arrears to catch up with."""
         assert job.name not in self.jobs
+        if job.step == 0:
+            job.served = min((self._served(other) for other in self.jobs.values() if other.active), default=0.0)
         self.jobs[job.name] = job
         if job.config.neftune_noise_alpha is not None:
             self.base.embedding_noise[job.name] = job.config.neftune_noise_alpha
 
     def remove(self, name: str) -> Job:
-        """Take a job out; the base forgets it."""
+        """Take a job out; the base forgets it, and a step that it was in the middle of did not happen."""
         job = self.jobs.pop(name)
+        self._forget_turn(job)
         self.base.embedding_noise.pop(name, None)
         job.attached.detach()
         return job
 
     def step(self) -> list[StepMetrics]:
-        """One optimizer step of every job that has not ended. Raises `StopRequestedError` before anything was updated."""
-        due = [job for job in self.jobs.values() if not job.ended]
-        queues = {job.name: job.chunks() for job in due}
-        started = time.perf_counter()
-        for job in due:
-            job.attached.zero_grad()
-        losses = self.forward_backward(queues)
-        norms = self.optim_step([job.name for job in due])
-        elapsed = time.perf_counter() - started
-        total_tokens = sum(len(c.tokens) for q in queues.values() for c in q)
-        return [self._report(job, queues[job.name], losses[job.name], norms[job.name], total_tokens / elapsed) for job in due]
+        """Work until at least one job has completed an optimizer step; [] when none has any left to do.
+
+        A job whose own data, objective or optimizer raises is given up: its `failure` says why, its `error` is what it
+        raised. Raises `StopRequestedError` between two batches; the steps under way are taken up where they were.
+        """
+        while waiting := self._waiting():
+            started = time.perf_counter()
+            names = next_batch(waiting, self.plan.fused_tokens)
+            self._run(names)
+            complete = [self.jobs[name] for name in names if name in self.turns and self._is_through(name)]
+            steps = [(job, self._step_of(job)) for job in complete]
+            self.seconds += time.perf_counter() - started
+            if reports := [self._report(job, norm) for job, norm in steps if norm is not None]:
+                return reports
+        return []
 
     def forward_backward(self, queues: Mapping[str, Sequence[Chunk]]) -> dict[str, Tensor]:
         """Accumulate the gradients of one step's chunks, given per job. Returns each job's loss (no host sync).
@@ -85,24 +109,110 @@ class Trainer:
         """
         sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
         losses = {name: torch.zeros((), device=self.base.device) for name in queues}
-        self.base.model.train()
-        for chunks in schedule((list(q) for q in queues.values()), self.fused_tokens):
-            if self.stop_requested():
-                raise StopRequestedError
-            batch = collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
-            with self.base.routed(batch):  # spans backward: recompute runs there
-                total = torch.zeros((), device=self.base.device)
-                for chunk, loss in self._losses(chunks, batch, training=True):
-                    mean = loss / sizes[chunk.job]
-                    losses[chunk.job] += mean.detach()
-                    scaler = self.jobs[chunk.job].scaler
-                    total = total + (mean if scaler is None else scaler.scale(mean))
-                total.backward()
+        for chunks in schedule(queues, self.plan.fused_tokens):
+            for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext()).items():
+                losses[name] += loss
         return losses
 
     def optim_step(self, names: Iterable[str]) -> dict[str, float]:
         """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped."""
         return {name: self._optim_step(self.jobs[name]) for name in names}
+
+    def _waiting(self) -> list[Waiting]:
+        """The jobs whose next chunk could go next. Taking turns, the one that has begun its step ends it first:
+
+        there are never more gradients than those of one job.
+        """
+        due = [job for job in self.jobs.values() if job.active]
+        if not self.plan.fused_tokens:
+            begun = [job for job in due if job.name in self.turns]
+            due = begun or sorted(due, key=self._served)  # stable
+        waiting = []
+        for job in due:
+            if job.name in self.turns or self._begin(job):
+                turn = self.turns[job.name]
+                waiting.append(Waiting(job.name, len(turn.chunks[turn.done].tokens), self._served(job)))
+                if not self.plan.fused_tokens:
+                    break
+        return waiting
+
+    def _served(self, job: Job) -> float:
+        turn = self.turns.get(job.name)
+        return job.served + (0 if turn is None else turn.tokens / job.config.weight)
+
+    def _begin(self, job: Job) -> bool:
+        """Open the job's next step; whether that went well."""
+        with quarantine(job):
+            chunks = job.chunks()
+            size = sum(job.objective.size(c) for c in chunks)
+            job.attached.zero_grad()
+            self.turns[job.name] = _Turn(chunks, size, torch.zeros((), device=self.base.device), (self.tokens, self.seconds))
+        return job.failure is None
+
+    def _run(self, names: Sequence[str]) -> None:
+        """One batch of the named jobs' next chunks. A job that fails in it loses its turn; where all do, each does."""
+        if self.stop_requested():
+            raise StopRequestedError
+        turns = {name: self.turns[name] for name in names}
+        chunks = [turn.chunks[turn.done] for turn in turns.values()]
+        try:
+            losses = self._accumulate(chunks, {name: turn.size for name, turn in turns.items()}, quarantine)
+        except BaseException:
+            for name in names:  # half a gradient is none: these steps begin anew
+                self._forget_turn(self.jobs[name])
+            raise
+        for chunk in chunks:
+            self.tokens += len(chunk.tokens)
+            if chunk.job in losses:
+                turns[chunk.job].loss += losses[chunk.job]
+                turns[chunk.job].done += 1
+            else:
+                self._forget_turn(self.jobs[chunk.job])
+
+    def _is_through(self, name: str) -> bool:
+        return self.turns[name].done == len(self.turns[name].chunks)
+
+    def _forget_turn(self, job: Job) -> None:
+        if self.turns.pop(job.name, None) is not None:
+            job.attached.drop_grad()
+
+    def _accumulate(self, chunks: Sequence[Chunk], sizes: Mapping[str, float], guard: Guard) -> dict[str, Tensor]:
+        """Forward and backward of one batch, at most one chunk a job. Returns the jobs' losses, but of those that failed.
+
+        Each job's head and objective go forward and backward by themselves; what the base goes back through together is
+        the gradient of its states.
+        """
+        losses: dict[str, Tensor] = {}
+        self.base.model.train()
+        batch = self._collated(chunks)
+        with self.base.routed(batch):  # spans backward: recompute runs there
+            hidden = self.base.hidden(batch)
+            gradient = torch.zeros_like(hidden)
+            for chunk, segment in zip(chunks, batch.segments, strict=True):
+                job = self.jobs[chunk.job]
+                with guard(job):
+                    states = _states(hidden.detach(), chunk, segment).requires_grad_()
+                    loss = job.objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
+                    (loss if job.scaler is None else job.scaler.scale(loss)).backward()
+                    assert states.grad is not None
+                    gradient[segment.tokens].index_add_(0, chunk.rows.to(gradient.device), states.grad)
+                    losses[chunk.job] = loss.detach()
+            if hidden.requires_grad and losses:
+                hidden.backward(gradient)
+        return losses
+
+    def _collated(self, chunks: Sequence[Chunk]) -> Batch:
+        return collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
+
+    def _step_of(self, job: Job) -> float | None:
+        """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed."""
+        norm = None
+        with quarantine(job):
+            norm = self._optim_step(job)
+        job.attached.drop_grad()
+        if norm is None:
+            self._forget_turn(job)
+        return norm
 
     def start_metrics(self) -> list[StepMetrics]:
         """A step 0 for every job: what is evaluated and sampled before training."""
@@ -130,9 +240,11 @@ class Trainer:
                 for chunk in chunks:
                     if self.stop_requested():
                         raise StopRequestedError
-                    batch = collate([chunk], MIN_ROWS if self.base.packable else 0, self.base.device)
+                    batch = self._collated([chunk])
                     with self.base.routed(batch):
-                        total += sum(float(loss) for _, loss in self._losses([chunk], batch, training=False))
+                        states = _states(self.base.hidden(batch), chunk, batch.segments[0])
+                        head = self.base.head.for_segment(batch.segments[0])
+                        total += float(job.objective.loss(head, states, chunk, False))
         finally:
             self.base.model.train(training)
         return total / size, sum(len(c.rows) for c in chunks)
@@ -146,13 +258,6 @@ class Trainer:
         answers = generate(self.base, job.name, [p.tokens for p in job.data.prompts], stops, how)
         pairs = enumerate(zip(job.data.prompts, answers, strict=True))
         return [Sample(job.name, metrics.step, index, prompt.text, answer) for index, (prompt, answer) in pairs]
-
-    def _losses(self, chunks: Sequence[Chunk], batch: Batch, training: bool) -> Iterable[tuple[Chunk, Tensor]]:
-        """Each chunk's undivided loss, from one forward of their batch."""
-        hidden = self.base.hidden(batch)
-        for chunk, segment in zip(chunks, batch.segments, strict=True):
-            states = hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))
-            yield chunk, self.jobs[chunk.job].objective.loss(self.base.head.for_segment(segment), states, chunk, training)
 
     def _optim_step(self, job: Job) -> float:
         for group in job.optimizer.param_groups:
@@ -176,18 +281,22 @@ class Trainer:
             )
         return norm
 
-    def _report(self, job: Job, chunks: Sequence[Chunk], loss: Tensor, norm: float, speed: float) -> StepMetrics:
-        value, finite = float(loss), math.isfinite(norm)
-        tokens, label_tokens = sum(len(c.tokens) for c in chunks), sum(len(c.rows) for c in chunks)
+    def _report(self, job: Job, norm: float) -> StepMetrics:
+        """What there is to say of the step that a job has just completed; its turn is over."""
+        turn = self.turns.pop(job.name)
+        value, finite = float(turn.loss), math.isfinite(norm)
+        tokens, label_tokens = turn.tokens, sum(len(c.rows) for c in turn.chunks)
         job.seen_tokens += tokens
         job.seen_label_tokens += label_tokens
+        job.served += tokens / job.config.weight
+        before, since = turn.began
         return StepMetrics(
             job=job.name,
             step=job.step,
             total_steps=job.total,
             epoch=round(job.epoch, 4),
             loss=value if math.isfinite(value) else None,
-            examples=sum(len(c.lengths) for c in chunks),
+            examples=sum(len(c.lengths) for c in turn.chunks),
             tokens=tokens,
             label_tokens=label_tokens,
             total_tokens=job.seen_tokens,
@@ -195,6 +304,11 @@ class Trainer:
             lr=float(job.optimizer.param_groups[0]["lr"]),
             grad_norm=norm if finite else None,
             skipped=not finite,
-            tokens_per_second=round(speed, 2),
+            tokens_per_second=round((self.tokens - before) / (self.seconds - since), 2),
             peak_memory=self.watch.peak(),
         )
+
+
+def _states(hidden: Tensor, chunk: Chunk, segment: Segment) -> Tensor:
+    """[n, D]: the states of a chunk's scored rows."""
+    return hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))

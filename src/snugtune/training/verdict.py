@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from snugtune.training.job import Job
+from snugtune.training.job import Ended
 from snugtune.training.metrics import held_out_course, mean_ends, steps_of_mean
 
 BLOWN_UP = 1e4
@@ -14,7 +12,7 @@ ROSE = 1.25
 """Batches differ: the loss has risen where each of the last steps lies this much above the first, before any update."""
 
 
-def warning(job: Job, lines: Sequence[Mapping[str, Any]]) -> str | None:
+def warning(job: Ended, lines: Sequence[Mapping[str, Any]]) -> str | None:
     """Why the result of `job` is likely of no use, and what to do; None where nothing speaks against it.
 
     `lines`: its metrics. That no evaluation was better than the untuned model's is said when the job is finished.
@@ -23,9 +21,10 @@ def warning(job: Job, lines: Sequence[Mapping[str, Any]]) -> str | None:
     if job.failure is not None or (untuned is not None and best is not None and best.eval_loss >= untuned):
         return None
     lower = f"lower optimizer.lr (it is {job.config.optimizer.lr:g})"
-    largest = largest_weight(job)
-    if not largest <= BLOWN_UP:  # not a number, too
-        return f"{job.name}: training blew up: weights have grown to {largest:.0e} and the result is of no use; {lower}"
+    if not job.largest_weight <= BLOWN_UP:  # not a number, too
+        return (
+            f"{job.name}: training blew up: weights have grown to {job.largest_weight:.0e} and the result is of no use; {lower}"
+        )
     held = held_out_course(lines, job.config.keep_best)
     if len(held) > 1 and held[-1] > held[0]:
         return f"{job.name}: the held-out loss rose, {_course(held)}; {lower}, or train shorter (keep_best keeps the best state)"
@@ -35,12 +34,6 @@ def warning(job: Job, lines: Sequence[Mapping[str, Any]]) -> str | None:
         rise = _course([losses[0], mean_ends(losses, count)[-1]])
         return f"{job.name}: the loss rose, {rise} (mean of the last {count} steps); {lower}"
     return None
-
-
-def largest_weight(job: Job) -> float:
-    """The largest absolute value among the trained weights; not a number where one of them is none."""
-    norms = [float(torch.linalg.vector_norm(p.detach(), float("inf"))) for p in job.attached.parameters() if p.numel()]
-    return float(torch.tensor([0.0, *norms]).max())
 
 
 def _course(values: Sequence[float]) -> str:
