@@ -62,6 +62,8 @@ def test_finished_runs(ran: Path, case: str) -> None:
     refused(ran, "train", "config.yaml", named=named)
 
 
+ENDED = {"ended": True, "total": 9, "largest_weight": 0.1}
+
 CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "empty-file": (replace("default.safetensors", b""), ("step-00000002", "'default'")),
     "weights-missing": (edit_tensors("default.safetensors", lambda t: t.pop("weights.flat")), ("step-00000002", "'default'")),
@@ -97,9 +99,9 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "optimizer-that-is-a-list": (edit_job(optimizer=[]), ("step-00000002", "'default'", "optimizer")),
     "optimizer-of-numbers": (edit_job(optimizer={"0": 5}), ("step-00000002", "'default'", "optimizer.0")),
     "counts-in-words": (edit_job(stale="none"), ("step-00000002", "'default'", "stale")),
-    "ended-without-a-step": (edit_job(ended=True, failure=None, step="x"), ("step-00000002", "default.step")),
-    "ended-without-a-word": (edit_job(ended=True, failure=None), ("step-00000002", "default.failure")),
-    "ended-in-numbers": (edit_job(ended=True, failure=5), ("step-00000002", "default.failure")),
+    "ended-without-a-step": (edit_job(**ENDED, failure=None, step="x"), ("step-00000002", "default.step")),
+    "ended-without-a-word": (edit_job(**ENDED, failure=None), ("step-00000002", "default.failure")),
+    "ended-in-numbers": (edit_job(**ENDED, failure=5), ("step-00000002", "default.failure")),
     "job-that-is-a-list": (edit(RUN_JSON, jobs={"default": []}), ("step-00000002", "default")),
     "pending-in-words": (edit(RUN_JSON, pending=[ODD_STEP]), ("step-00000002", "step")),
     "pending-of-odd-fields": (edit(RUN_JSON, pending=[{"x": 1}]), ("step-00000002",)),

@@ -23,7 +23,7 @@ CONFIG_FIELDS = {
                   "keep_checkpoints", "trust_remote_code", "tracking", "plan", "jobs"],
     "JobConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
-                  "max_grad_norm", "seed", "optimizer", "schedule", "name"],
+                  "max_grad_norm", "seed", "optimizer", "schedule", "name", "weight"],
     "SourceConfig": ["path", "format", "columns", "weight", "max_examples", "split", "subset", "streaming"],
     "ConcatConfig": ["type"],
     "InterleaveConfig": ["type", "until"],
@@ -42,7 +42,8 @@ CONFIG_FIELDS = {
     "LinearConfig": ["warmup", "type"],
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
-    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state", "offload"],
+    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state", "offload",
+                   "execution"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -111,6 +112,7 @@ plan:
   recompute: auto
   optimizer_state: auto
   offload: auto
+  execution: auto
 jobs: []
 """
 
@@ -140,7 +142,7 @@ COMMANDS = {
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""
 
-EXIT_CODES = {"GradientError": 2, "InputError": 2, "StorageError": 2, "DivergedError": 2, "Interrupted": 130}
+EXIT_CODES = {"GradientError": 2, "InputError": 2, "StorageError": 2, "JobFailedError": 2, "Interrupted": 130}
 
 
 def tiny_run(model: Path, place: Path, **fields: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ JOBS = {
 
 
 @contextmanager
-def started(base: Base, rows: Rows, names: Sequence[str]) -> Iterator[tuple[Trainer, list[Job]]]:
-    trainer, jobs = Trainer(base, plan(), NoWatch()), []
+def started(base: Base, rows: Rows, names: Sequence[str], fused_tokens: int) -> Iterator[tuple[Trainer, list[Job]]]:
+    trainer, jobs = Trainer(base, replace(plan(), fused_tokens=fused_tokens), NoWatch()), []
     parts = {"wide": rows[:7], "narrow": rows[7:]}
     try:
         for name in names:
@@ -49,10 +50,9 @@ def started(base: Base, rows: Rows, names: Sequence[str]) -> Iterator[tuple[Trai
 def ended(base: Base, rows: Rows, names: Sequence[str], fused_tokens: int = 0) -> dict[str, Ended]:
     """Train the named jobs together for all their steps."""
     history: dict[str, list[tuple[float | None, float | None]]] = {name: [] for name in names}
-    with started(base, rows, names) as (trainer, jobs):
-        trainer.fused_tokens = fused_tokens
-        for _ in range(STEPS):
-            for metrics in trainer.step():
+    with started(base, rows, names, fused_tokens) as (trainer, jobs):
+        while steps := trainer.step():
+            for metrics in steps:
                 history[metrics.job].append((metrics.loss, metrics.grad_norm))
         return {j.name: (history[j.name], {k: v.clone() for k, v in lora(j).tensors().items()}) for j in jobs}
 

@@ -248,7 +248,8 @@ def test_jobs_do_not_see_each_others_state() -> None:
     two = trainer(shared, job(shared, "a"), job(shared, "b", seed=3, optimizer={"type": "lion", "lr": 1.0}))
     for index in range(5):
         one.step()
-        two.step()
+        while two.jobs["a"].step < one.jobs["a"].step:
+            two.step()
         if index == 2:
             two.remove("b")
     assert equal(one.jobs["a"].state()[0], two.jobs["a"].state()[0])

@@ -299,7 +299,8 @@ def _trained(
         if evaluate:
             for job in trainer.jobs.values():
                 trainer.evaluate(job)
-        trainer.step()
+        while any(job.step <= step for job in trainer.jobs.values()):
+            trainer.step()
     return {name: job.attached.state()["flat"].clone() for name, job in trainer.jobs.items()}
 
 

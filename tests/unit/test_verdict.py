@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from snugtune.training.job import Best
+from snugtune.training.job import Best, largest_weight
 from snugtune.training.verdict import warning
 
 
@@ -20,13 +20,14 @@ def judged(
     """What is said of a job with these training losses, these held-out losses (one before, the rest after) and this weight."""
     lines: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     lines += [{"step": step, "eval_loss": loss} for step, loss in enumerate(held)]
+    attached: Any = SimpleNamespace(parameters=lambda: [torch.zeros(3), torch.tensor([0.0, -weight]), torch.zeros(0)])
     job: Any = SimpleNamespace(
         name="b",
         failure=failure,
         untuned=held[0] if held else None,
         best=Best(1, min(held[1:])) if held[1:] else None,
         config=SimpleNamespace(keep_best=keep_best, optimizer=SimpleNamespace(lr=1e9)),
-        attached=SimpleNamespace(parameters=lambda: [torch.zeros(3), torch.tensor([0.0, -weight]), torch.zeros(0)]),
+        largest_weight=largest_weight(attached),
     )
     return warning(job, lines)
 

@@ -94,6 +94,7 @@ class LoraAttached:
                 views.append(self.flat.detach()[part].view(source.shape).copy_(source).requires_grad_())
                 at = part.stop
             base.site(name).slots[job] = Slot(views[0], views[1], scale, float(config.lora_dropout))
+        self.zero_grad()
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.flat]

@@ -14,7 +14,7 @@ class Attached(Protocol):
     job: str
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer steps: fp32; backward accumulates into their `.grad` from `zero_grad` to `drop_grad`."""
+        """What the optimizer steps: fp32; backward accumulates into their `.grad` until `drop_grad`."""
         ...
 
     def matrices(self) -> list[Tensor]:

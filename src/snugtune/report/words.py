@@ -15,7 +15,7 @@ SOURCES = 4
 _KNOBS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "device": ("device", str),
     "weights": ("number format of the base", str),
-    "micro_batch": ("most tokens in one forward", lambda n: f"{n} x max_seq_len"),
+    "micro_batch": ("most tokens in one forward", lambda n: f"{n} x max_seq_len" if n else "512, or one sequence"),
     "recompute": ("activations", lambda how: {"none": "kept", "blocks": "computed again in backward"}.get(how, str(how))),
     "head_rows": ("logits alive at once", lambda n: f"of {n} tokens"),
     "threads": ("CPU threads", str),

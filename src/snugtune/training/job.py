@@ -216,6 +216,7 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0."""
     _check_fits(base, config, data)
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
+    attached.drop_grad()  # until its turn comes
     weights = attached.matrices() if config.optimizer.by_matrix else attached.parameters()
     return Job(
         config=config,

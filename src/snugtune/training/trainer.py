@@ -108,6 +108,9 @@ class Trainer:
         The chunks of a job must be all of its step: its loss is divided by their common size.
         """
         sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
+        for attached in (self.jobs[name].attached for name in queues):
+            if any(weight.grad is None for weight in attached.parameters()):
+                attached.zero_grad()
         losses = {name: torch.zeros((), device=self.base.device) for name in queues}
         for chunks in schedule(queues, self.plan.fused_tokens):
             for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext()).items():
