@@ -19,8 +19,9 @@ from snugtune.hub import hub_trouble
 from snugtune.model.formats import Bits4, Dense, Format, Int8
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.offload import on_disk
-from snugtune.model.quantize import Checkpoint, InMemory, Keeper, Request, open_checkpoint, sample
+from snugtune.model.quantize import InMemory, Keeper, Request, sample
 from snugtune.model.source import ModelSource, Say, mute
+from snugtune.model.stored import Checkpoint, open_checkpoint
 from snugtune.model.stream import StreamedLinear
 from snugtune.types import NARROW, Plan, Width
 
