@@ -32,6 +32,6 @@ class DivergedError(SnugtuneError):
 
 
 class Interrupted(SnugtuneError):
-    """Ctrl-C or SIGTERM. The state is saved; the same command goes on from it."""
+    """Ctrl-C or SIGTERM. What was trained is saved; the same command goes on from there."""
 
     exit_code = 130

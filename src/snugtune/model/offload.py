@@ -136,7 +136,7 @@ def on_disk(files: Sequence[str], about: str, format: Format, device: str, say: 
     found = Index.read(target)
     if found is None:
         make_folder(place)
-        with claimed(place, wait=True):
+        with claimed(place, waiting=say):
             found = Index.read(target)  # another process may have made it meanwhile
             if found is None:
                 remove_leftovers(place)
