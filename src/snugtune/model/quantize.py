@@ -5,14 +5,14 @@ a quantizer of our own (its documented extension point). `stored` reads the file
 """
 
 import re
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -215,17 +215,25 @@ register_quantizer(METHOD)(_Quantizer)
 def narrowable(model: PreTrainedModel, dtype: torch.dtype, stored: Container[str] = ()) -> dict[str, Site]:
     """The linears whose weights are encoded: all but the head, tied ones, routers of experts, and rows of odd length.
 
-    Also those that are `stored` in fewer bits already.
+    Nor those that the model wants in fp32. But all that are `stored` in fewer bits already.
     """
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
-    head, sites = model.get_output_embeddings(), {}
+    head, wide, sites = model.get_output_embeddings(), kept_in_fp32(model, dtype), {}
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, Conv1D) or module is head or name in tied:
             continue
         shape = FrozenLinear.shape_of(module)
-        if f"{name}.weight" in stored or (shape[1] % 2 == 0 and not ROUTER_NAME.search(name)):
+        encoded = shape[1] % 2 == 0 and not ROUTER_NAME.search(name) and not wide(f"{name}.weight")
+        if f"{name}.weight" in stored or encoded:
             sites[name] = Site(shape, isinstance(module, Conv1D), dtype)
     return sites
+
+
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether a parameter stays in fp32 where the others are in `dtype`, as transformers' own loading decides it."""
+    plan = model._get_dtype_plan(dtype)
+    pattern, _, _ = build_glob_alternation(list(plan))
+    return lambda name: bool(plan) and pattern.search(name) is not None
 
 
 def _oriented(name: str, value: Tensor, site: Site) -> Tensor:
