@@ -92,7 +92,7 @@ def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path, deep:
     file.parent.rename(unfinished)
     again = write_run(tmp_path / "again", deep)
     assert train(again).code == 0
-    assert files_below(file.parent.parent) == {f"blocks/{DATA}", "blocks/about.json"}
+    assert files_below(file.parent.parent) == {f"blocks/{DATA}", "blocks/about.json", "blocks/sources.json"}
 
 
 def test_two_processes_at_once_make_one_file(tmp_path: Path, deep: Path) -> None:
