@@ -75,6 +75,7 @@ def examine(quick: bool = False) -> Report:
         folders=(
             machine.folder("working folder", Path.cwd()),
             machine.folder("SNUGTUNE_CACHE", cache_dir(), count=True),
+            *_cache_parts(),
             machine.folder("HF_HOME", Path(huggingface_hub.constants.HF_HOME), count=True),
         ),
         threads=machine.threads(),
@@ -82,6 +83,12 @@ def examine(quick: bool = False) -> Report:
         auto=_choice(),
         formats=() if quick else tuple(f for device in devices for f in gemm.measure_all(device)),
     )
+
+
+def _cache_parts() -> tuple[machine.Folder, ...]:
+    """What snugtune keeps, each kind in a folder of its own: tokens, streamed weights, converted GGUF files."""
+    parts = sorted(path for path in cache_dir().glob("*") if path.is_dir())
+    return tuple(machine.folder(f"SNUGTUNE_CACHE/{path.name}", path, count=True) for path in parts)
 
 
 def _choice() -> Choice:
@@ -207,14 +214,17 @@ def _sections(report: Report) -> dict[str, list[str]]:
         "GPU": [f"{g.name}, capability {g.capability}, {gib(g.free)} of {gib(g.total)} free" for g in report.gpus]
         or ["no CUDA device"],
         "memory": [f"{gib(ram.available)} of {gib(ram.total)} free", *limit],
-        "folders": [
-            f"{f.name} {f.path}: {gib(f.free)} free" + (f", {gib(f.used)} used" if f.used is not None else "")
-            for f in report.folders
-        ],
+        "folders": [_folder(f) for f in report.folders],
         "threads": [f"torch {threads.torch} (inter-op {threads.interop}); {_settings(settings)}"],
         "allocator": [f"{malloc.name}; {_settings(arenas)}"],
         "auto": list(report.auto.reasons),
     }
+
+
+def _folder(found: machine.Folder) -> str:
+    if "/" in found.name:  # a part of the folder before it, on the same disk
+        return f"  {found.path}: {gib(found.used or 0)} of that"
+    return f"{found.name} {found.path}: {gib(found.free)} free" + (f", {gib(found.used)} used" if found.used is not None else "")
 
 
 def _settings(values: Mapping[str, str | None]) -> str:

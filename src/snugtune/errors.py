@@ -40,6 +40,6 @@ class StopRequestedError(Exception):
 
 
 class Interrupted(SnugtuneError):
-    """Ctrl-C or SIGTERM. The state is saved; the same command goes on from it."""
+    """Ctrl-C or SIGTERM. What was trained is saved; the same command goes on from there."""
 
     exit_code = 130

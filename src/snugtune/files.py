@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,20 @@ def check_can_make(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, wait: bool = False) -> Iterator[None]:
+def claimed(folder: Path, waiting: Callable[[str], object] | None = None) -> Iterator[None]:
     """Nobody else may write in `folder` inside the block; the claim ends with the process, however that ends.
 
-    Raises `InputError` when another process holds it, unless `wait`.
+    When another process holds it, raises `InputError`; or tells `waiting` so, and waits until Ctrl-C.
     """
-    lock = FileLock(folder / _LOCK, timeout=-1 if wait else 0)
+    lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"output: another process is training in {folder}; wait for it, or give a new folder") from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            if waiting is None:
+                raise InputError(f"output: another process is training in {folder}; wait for it, or give a new folder") from error
+            waiting(f"another process is writing {folder}; waiting for it")
+            lock.acquire()
     except OSError as error:
         raise StorageError(f"cannot write {folder / _LOCK}: {reason(error)}") from error
     try:

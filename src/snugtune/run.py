@@ -54,6 +54,12 @@ class Observer(Protocol):
     def end(self) -> None: ...
 
 
+class Stop(threading.Event):
+    """Set by the first Ctrl-C or SIGTERM. While `saves` is false there is nothing to save, and that ends the run at once."""
+
+    saves = False
+
+
 class Silent:
     """An observer that shows nothing."""
 
@@ -181,8 +187,8 @@ def _report(folder: RunFolder, observer: Observer) -> None:
         observer.note(f"report: {folder.report} is not written: {error}")
 
 
-def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Session:
-    """Read data, plan, load the base and start or restore every job. Writes nothing."""
+def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
+    """Read data, plan, load the base and start or restore every job. Writes nothing; from then on there is a state to save."""
     folder = RunFolder(user_path(config.output, "output"))
     texts = {job.name: read_job(job) for job in config.resolved_jobs()}
     checkpoint = latest_checkpoint(folder.checkpoints)
@@ -223,6 +229,7 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
         session.saved = session.step, frozenset(trainer.jobs)
         observer.note(f"resuming after {session.place}")
+    stop.saves = True
     return session
 
 
@@ -326,12 +333,16 @@ def _result(folder: RunFolder, jobs: Sequence[JobConfig], already_finished: bool
 
 
 @contextmanager
-def stop_flag(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """A flag that the first Ctrl-C or SIGTERM sets; a second one interrupts at once. Needs the main thread to do so."""
-    flag = threading.Event()
+def stop_flag(say: Callable[[str], None]) -> Iterator[Stop]:
+    """A flag that the first Ctrl-C or SIGTERM sets; a second one interrupts at once. Needs the main thread to do so.
+
+    Raises `Interrupted` where one comes while there is nothing to save.
+    """
+    flag = Stop()
 
     def ask(number: int, frame: object) -> None:
-        if flag.is_set():
+        if flag.is_set() or not flag.saves:
+            flag.set()  # should a library swallow the exception, the first step sees it
             raise KeyboardInterrupt
         flag.set()
         say("stopping: the state is saved first (once more: stop at once, unsaved)")
@@ -342,6 +353,10 @@ def stop_flag(say: Callable[[str], None]) -> Iterator[threading.Event]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
+    except KeyboardInterrupt:
+        if flag.saves:
+            raise
+        raise Interrupted("interrupted before training; nothing is lost, the same command begins again") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

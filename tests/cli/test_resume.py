@@ -161,7 +161,8 @@ def test_interrupted(place: Path, truth: Path, number: signal.Signals) -> None:
 def test_interrupted_while_loading(place: Path, truth: Path, number: signal.Signals) -> None:
     ran = train(place, Trouble(number, watched=".stderr", after_lines=1))
     assert ran.code == 130
-    assert ran.err.splitlines()[-1].startswith("error: interrupted at step 0; ")
+    assert ran.err.splitlines()[-1] == "error: interrupted before training; nothing is lost, the same command begins again"
+    assert not (place / "run").exists()
     resumed(place)
     assert_same_run(place / "run", truth)
 

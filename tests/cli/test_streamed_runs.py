@@ -25,6 +25,7 @@ from common import (
 )
 
 from conftest import tiny_model, tiny_tokenizer
+from snugtune.files import claimed
 from snugtune.model.blockfile import DATA
 
 RECORDS = [messages(f"What about {i}?", f"It is {i * i}, or so.") for i in range(8)]
@@ -91,7 +92,7 @@ def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path, deep:
     file.parent.rename(unfinished)
     again = write_run(tmp_path / "again", deep)
     assert train(again).code == 0
-    assert files_below(file.parent.parent) == {f"blocks/{DATA}", "blocks/about.json"}
+    assert files_below(file.parent.parent) == {f"blocks/{DATA}", "blocks/about.json", "blocks/sources.json"}
 
 
 def test_two_processes_at_once_make_one_file(tmp_path: Path, deep: Path) -> None:
@@ -102,3 +103,23 @@ def test_two_processes_at_once_make_one_file(tmp_path: Path, deep: Path) -> None
     assert sum(WRITING in ran.err for ran in runs) == 1
     assert_same_run(places[0] / "run", places[1] / "run")
     assert len(list((tmp_path / "cache").rglob(DATA))) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_who_waits_for_the_file_is_told_and_can_be_interrupted(tmp_path: Path, deep: Path, number: signal.Signals) -> None:
+    first = train(write_run(tmp_path / "first", deep, steps=1))
+    assert first.code == 0
+    (file,) = (tmp_path / "cache").rglob(DATA)
+    folder = file.parent.parent
+    file.unlink()
+    place, lines = write_run(tmp_path / "place", deep), first.err.splitlines()
+    before = next(i for i, line in enumerate(lines) if WRITING in line)
+    with claimed(folder):
+        ran = train(place, Trouble(number, watched=".stderr", after_lines=before + 1))
+    assert ran.code == 130
+    assert ran.err.splitlines()[before:] == [
+        f"  another process is writing {folder}; waiting for it",
+        "error: interrupted before training; nothing is lost, the same command begins again",
+    ]
+    assert not (place / "run").exists()
+    assert train(place).code == 0

@@ -75,6 +75,18 @@ def test_numbers_are_sane(report: doctor.Report) -> None:
     assert next(f for f in report.formats if f.name == report.auto.weights).runs, "auto chooses what runs"
 
 
+def test_the_parts_of_the_cache_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path))
+    assert not doctor._cache_parts()
+    written(tmp_path, {"tokens/a": "12345", "streamed/model-0/blocks/b": "x" * (GIB >> 6), "file": "1"})
+    assert [(f.name, f.path, f.used) for f in doctor._cache_parts()] == [
+        ("SNUGTUNE_CACHE/streamed", str(tmp_path / "streamed"), GIB >> 6),
+        ("SNUGTUNE_CACHE/tokens", str(tmp_path / "tokens"), 5),
+    ]
+    lines = doctor._sections(doctor.examine(quick=True))["folders"]
+    assert f"  {tmp_path / 'streamed'}: 0.02 GiB of that" in lines
+
+
 # --- matrix products --------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from snugtune.errors import StorageError
-from snugtune.files import remove_leftovers, whole_folder, write_whole
+from snugtune.files import claimed, remove_leftovers, whole_folder, write_whole
 from snugtune.training.metrics import MetricsFile, StepMetrics, read_metrics
 
 
@@ -27,6 +28,26 @@ def in_a_process(code: str, *arguments: str | Path) -> subprocess.CompletedProce
 
 
 # Folders ---------------------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_a_folder_is_told_so_once(tmp_path: Path):
+    said: list[str] = []
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with claimed(tmp_path):
+            held.set()
+            done.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    with claimed(tmp_path, waiting=lambda text: (said.append(text), done.set())):
+        other.join(60)
+    with claimed(tmp_path, waiting=said.append):  # nobody is there
+        pass
+    assert said == [f"another process is writing {tmp_path}; waiting for it"]
+    assert not contents(tmp_path)
 
 
 def test_a_folder_appears_whole(tmp_path: Path):

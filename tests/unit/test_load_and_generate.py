@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from conftest import sequences, tiny_base, tiny_model, tiny_tokenizer
 from snugtune.errors import InputError
+from snugtune.model import gguf
 from snugtune.model.base import load_base
 from snugtune.model.generate import Sampling, generate
 from snugtune.model.load import load_tokenizer
@@ -56,3 +57,19 @@ def test_a_conversation_beyond_the_positions_is_refused(arch: str) -> None:
     nearly_full = [ids[: base.max_positions - 3]]
     cut, three = (generate(base, None, nearly_full, [], Sampling(max_new_tokens=n)) for n in (50, 3))
     assert cut == three
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is killed, and cannot clean up after itself."""
+
+    def killed(file: Path, target: Path) -> None:
+        (target.parent / f".part-{target.name}-x").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "check_gguf", lambda file: None)
+    monkeypatch.setattr(gguf, "_convert_apart", killed)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(KeyboardInterrupt):
+        gguf.converted(tmp_path / "model.gguf", print)
+    assert not list((tmp_path / "cache" / "gguf").iterdir())

@@ -3,13 +3,14 @@ weight; PEFT over the dequantised model; and for training, other roads to the sa
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from conftest import (
     lora_gradients,
@@ -29,11 +30,12 @@ from snugtune.memory.plan import make_plan
 from snugtune.methods.lora import Lora, LoraAttached, LoraConfig
 from snugtune.model.base import Base
 from snugtune.model.frozen import FrozenLinear
-from snugtune.model.load import format_of
+from snugtune.model.load import format_of, load_config, load_frozen, load_model
+from snugtune.model.source import ModelSource
 from snugtune.training.examples import JobData
 from snugtune.training.job import start_job
 from snugtune.training.trainer import Trainer
-from snugtune.types import Example
+from snugtune.types import Example, Width
 
 ARCHS = ["llama", "gpt2", "gemma2", "phi3", "opt", "mixtral", "qwen3moe", "hunyuan", "deepseek_v3", "mamba", "bloom", "gptoss"]
 """Untied and tied heads, Conv1D, biases, experts that are renamed and stacked while they are read, experts that are linears."""
@@ -107,6 +109,34 @@ def test_everything_that_is_computed_with_is_in_one_format(tmp_path: Path) -> No
     floating |= {n: t.dtype for n, t in base.model.named_buffers() if n.endswith(".bias")}
     assert any(n.endswith(".bias") and "attn" in n for n in floating)
     assert set(floating.values()) == {torch.float16}
+
+
+@pytest.mark.parametrize("offload", ["none", "weights"])
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_what_a_model_wants_in_fp32_is_left_in_fp32(
+    compute: Width, offload: Literal["none", "weights"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms in fp16 alone, a linear always. The truth is what transformers' own loading makes of the same model."""
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["input_layernorm"])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["o_proj"])
+    source = ModelSource("tiny", str(saved(tmp_path / "llama")))
+    plain, _ = load_model(source, load_config(source, False), compute, "cpu", False)
+    plan = plan_of("nf4", compute, offload=offload)
+    model, _, _ = load_frozen(source, load_config(source, False), plan, False)
+    ours, truth = ({n: p.dtype for n, p in m.named_parameters()} for m in (model, plain))
+    assert ours == {n: truth[n] for n in ours}
+    assert {n.split(".")[-2] for n in truth.keys() - ours.keys()} == {
+        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    wide = {n.split(".")[-2] for n, dtype in ours.items() if dtype == torch.float32}
+    assert wide == {"o_proj"} | ({"input_layernorm"} if compute == "fp16" else set())
+
+
+def test_a_model_with_norms_in_fp32_computes_in_fp16(tmp_path: Path) -> None:
+    base = loaded(saved(tmp_path / "gptoss", "gptoss"), "nf4", "fp16")
+    dtypes = {n: p.dtype for n, p in base.model.named_parameters() if "norm" in n or "embed" in n}
+    assert dtypes["model.norm.weight"] == torch.float32 and dtypes["model.embed_tokens.weight"] == torch.float16
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import random
+import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from torch import Tensor
 
 from conftest import lora_gradients, packed, sequences, shake, tiny_base, tiny_model, tiny_tokenizer
 from snugtune.config import to_config
-from snugtune.errors import StorageError, UnreadableError
+from snugtune.errors import Interrupted, StorageError, UnreadableError
+from snugtune.files import claimed
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.model.base import Base, load_base
-from snugtune.model.blockfile import ABOUT, DATA
+from snugtune.model.blockfile import ABOUT, DATA, Writer
 from snugtune.model.formats import Bits4
 from snugtune.model.generate import Sampling, generate
+from snugtune.model.offload import SOURCES
 from snugtune.model.source import ModelSource
 from snugtune.model.stream import FileSource, ReadInto, Stream, StreamedLinear
 from snugtune.run import Silent, train
@@ -274,9 +278,61 @@ def test_another_checkpoint_or_format_has_a_file_of_its_own(tmp_path: Path, cach
     load(folder, weights="nf4")
     load(folder, weights="nf4", double_quant=True)
     load(folder, weights="fp32")
-    os.utime(folder / "model.safetensors", ns=(1, 1))
-    load(folder, weights="fp32")
+    load(folder_of("llama", tmp_path / "elsewhere"), weights="fp32")
     assert len(list(cache.rglob(DATA))) == 4
+
+
+def changed(folder: Path) -> None:
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+
+
+def gone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def all_gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("happened", [changed, gone, all_gone])
+def test_what_was_made_of_files_that_are_no_more_is_removed(
+    happened: Callable[[Path], None], tmp_path: Path, cache: Path
+) -> None:
+    """Once there is something new to write of a model of that name; and nothing else is."""
+    folder, namesake, other = folder_of("llama", tmp_path), folder_of("llama", tmp_path / "b"), folder_of("gpt2", tmp_path)
+    load(folder)
+    load(folder, weights="nf4")
+    old = set(cache.rglob(DATA))
+    load(namesake)
+    load(other)
+    kept = set(cache.rglob(DATA)) - old
+    assert (len(old), len(kept)) == (2, 2)
+    size = sum(file.stat().st_size for path in old for file in path.parent.iterdir())
+    happened(folder)
+    said: list[str] = []
+    load(namesake, say=said.append)  # nothing is written
+    assert not said
+    load(namesake, weights="nf4", say=said.append)
+    found = set(cache.rglob(DATA))
+    assert kept < found and not old & found
+    assert len(found) == 3 == len(list((cache / "streamed").iterdir()))
+    assert said[0] == f"removed what was kept in {cache / 'streamed'} of earlier files of llama ({size / 2**20:.1f} MiB)"
+    assert len(said) == 2
+
+
+def test_what_somebody_writes_or_nobody_knows_is_not_removed(tmp_path: Path, cache: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    load(folder)
+    load(folder, weights="nf4")
+    held, unknown = sorted(path.parent.parent for path in cache.rglob(DATA))
+    (unknown / "blocks" / SOURCES).write_text("[1]")
+    changed(folder)
+    with claimed(held):
+        load(folder, weights="int8")
+    assert (held / "blocks" / DATA).exists() and (unknown / "blocks" / DATA).exists()
+    (held / "blocks").rename(held / ".part-blocks-x")  # what a killed process leaves
+    load(folder, weights="bf16")
+    assert not list(held.iterdir()) and (unknown / "blocks" / DATA).exists()
 
 
 def cut(file: Path) -> None:
@@ -327,6 +383,30 @@ def test_an_interrupted_load_leaves_nothing(tmp_path: Path, cache: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         load(folder, say=interrupt)
     assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_ctrl_c_stops_the_writing_at_once(
+    number: signal.Signals, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = to_config(fields(tmp_path, folder_of("llama", tmp_path), "run", "weights"))
+    add, count = Writer.add, 0
+
+    def pressed(writer: Writer, *what: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            signal.raise_signal(number)
+        add(writer, *what)
+
+    monkeypatch.setattr(Writer, "add", pressed)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="interrupted before training; nothing is lost"):
+        train(config)
+    assert count == 5
+    assert signal.getsignal(number) is before
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+    assert not (tmp_path / "run").exists()
 
 
 # --- a disk that fails ------------------------------------------------------------------------------------------------

@@ -34,10 +34,13 @@ def converted(file: Path, say: Callable[[str], None]) -> tuple[Path, tuple[str, 
         check_gguf(file)
         say(f"unpacking {file.name} (once; kept in {target.parent})")
         make_folder(target.parent)
-        with claimed(target.parent, wait=True):
+        with claimed(target.parent, waiting=say):
             if not (target / "config.json").is_file():  # another process may have done it meanwhile
                 remove_leftovers(target.parent)
-                _convert_apart(file, target)
+                try:
+                    _convert_apart(file, target)
+                finally:
+                    remove_leftovers(target.parent)  # of one that was interrupted: it is killed
     notes = json.loads((target / "snugtune.json").read_text())["notes"]
     return target, tuple(notes)
 

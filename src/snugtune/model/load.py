@@ -19,8 +19,9 @@ from snugtune.hub import hub_trouble
 from snugtune.model.formats import Bits4, Dense, Format, Int8
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.offload import on_disk
-from snugtune.model.quantize import Checkpoint, InMemory, Keeper, Request, open_checkpoint, sample
+from snugtune.model.quantize import InMemory, Keeper, Request, kept_in_fp32, sample
 from snugtune.model.source import ModelSource, Say, mute
+from snugtune.model.stored import Checkpoint, open_checkpoint
 from snugtune.model.stream import StreamedLinear
 from snugtune.types import NARROW, Plan, Width
 
@@ -165,8 +166,10 @@ def _load_into(
     notes = [*_check_whole(source, info), *_told_of_widths(model, plan, bool(checkpoint.stored))]
     samples = request.samples | {name: sample(p) for name, p in model.named_parameters()}
     if plan.compute == "fp16":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.half()
+        wide = kept_in_fp32(model, torch.float16)
+        for name, parameter in model.named_parameters():
+            if not wide(name):
+                parameter.data = parameter.data.half()
     model.to(plan.device)  # pyright: ignore[reportArgumentType]
     with suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(source.location)

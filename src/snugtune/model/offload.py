@@ -5,10 +5,11 @@ checkpoint's own weights are not read again.
 """
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import transformers
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from snugtune.errors import StorageError
+from snugtune.errors import SnugtuneError, StorageError
 from snugtune.files import cache_dir, claimed, lies_in_memory, make_folder, reason, remove_leftovers, whole_folder
 from snugtune.model.blockfile import DATA, FORMAT, Index, Writer, room
 from snugtune.model.formats import Format, Parts
@@ -24,6 +25,8 @@ from snugtune.model.frozen import FrozenLinear
 from snugtune.model.quantize import InMemory, Site
 from snugtune.model.stream import FileSource, HostSource, ReadInto, Stream, StreamedLinear
 
+SOURCES = "sources.json"
+"""Beside the weights: the files that they were made of, with the sizes and times those had."""
 SPOKEN_OF = 1 << 30
 """Bytes from which on the writing takes long enough to tell how far it is."""
 
@@ -126,7 +129,7 @@ def on_disk(files: Sequence[str], about: str, format: Format, device: str, say: 
 
     What is written inside the block is there for others when the block ends well. Raises `StorageError`.
     """
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, files)]
+    stats = [_stat(Path(file).resolve()) for file in files]
     key = repr((FORMAT, transformers.__version__, stats, about, format))
     folder = Path(files[0]).parent
     name = folder.parents[1].name if folder.parent.name == "snapshots" else folder.name  # as the hub's cache calls a model
@@ -136,10 +139,11 @@ def on_disk(files: Sequence[str], about: str, format: Format, device: str, say: 
     found = Index.read(target)
     if found is None:
         make_folder(place)
-        with claimed(place, wait=True):
+        with claimed(place, waiting=say):
             found = Index.read(target)  # another process may have made it meanwhile
             if found is None:
                 remove_leftovers(place)
+                _remove_outdated(place, name, say)
                 with whole_folder(target) as made:
                     keeper = OnDisk(target, format, device, say, None, made)
                     try:
@@ -147,8 +151,52 @@ def on_disk(files: Sequence[str], about: str, format: Format, device: str, say: 
                     finally:
                         if keeper.writer is not None:
                             keeper.writer.close()
+                    (made / SOURCES).write_text(json.dumps(stats), encoding="utf-8")
                 return
     yield OnDisk(target, format, device, say, found, target)
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns
+
+
+def _remove_outdated(place: Path, name: str, say: Callable[[str], None]) -> None:
+    """Remove what was made for the model `name` of files that have changed since, or are gone.
+
+    What another process is writing stays. A process that reads one goes on: it has the file open.
+    """
+    freed = 0
+    for other in set(place.parent.glob(f"{name}-{12 * '[0-9a-f]'}")) - {place}:
+        outdated = _is_outdated(other / "blocks")
+        with suppress(OSError, SnugtuneError), claimed(other):
+            before = _bytes_below(other)
+            remove_leftovers(other)
+            if outdated:
+                shutil.rmtree(other / "blocks", ignore_errors=True)
+            freed += before - _bytes_below(other)
+        if outdated:
+            with suppress(OSError):  # it still holds something
+                other.rmdir()
+    if freed:
+        say(f"removed what was kept in {place.parent} of earlier files of {name} ({_gib(freed)})")
+
+
+def _is_outdated(folder: Path) -> bool:
+    try:
+        sources = [(str(path), size, time) for path, size, time in json.loads((folder / SOURCES).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):  # nobody knows what this was made of
+        return False
+    try:
+        return any(_stat(Path(source[0])) != source for source in sources)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def opened(path: Path) -> ReadInto:

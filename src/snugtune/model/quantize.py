@@ -1,47 +1,31 @@
 """Loading a base into fewer bits: each weight is encoded as it arrives, and the wide one is let go before the next.
 
 Transformers reads the checkpoint, with all it knows of names and shapes; what becomes of the weights of linears is said by
-a quantizer of our own (its documented extension point). Files are read with pread: mapped pages would count as memory.
+a quantizer of our own (its documented extension point). `stored` reads the files.
 """
 
-import json
 import re
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from snugtune.errors import InputError, SnugtuneError
-from snugtune.model.formats import CODES, Bits4, Dense, Format, Int8, Parts
+from snugtune.model.formats import Dense, Format, Parts
 from snugtune.model.frozen import FrozenLinear
-from snugtune.model.source import ModelSource
+from snugtune.model.stored import Checkpoint, read_stored
 
 METHOD = "snugtune"
 ROUTER_NAME = re.compile(r"(^|\.)(gate|router|wg)(\.|$)")
 """What MoE families call the linear that chooses experts."""
-_STATE = ".quant_state.bitsandbytes__"
-_PARTS_OF_INT8 = (".SCB", ".weight_format")
-_BLOCKS = frozenset(2**n for n in range(5, 13))
-_WHOLE = frozenset({"I8", "U8", "I16", "I32", "I64"})
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-class Lazy(Protocol):
-    """A tensor of a file, read when it is asked for."""
-
-    def __getitem__(self, index: Any) -> Tensor: ...
-    def get_shape(self) -> Sequence[int]: ...
-    def get_dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -105,67 +89,6 @@ class InMemory:
     def linear(self, name: str, site: Site, bias: Tensor | None) -> FrozenLinear:
         format, parts = self.kept.pop(name)
         return FrozenLinear(format, parts, site.shape, bias, site.dtype, site.transposed)
-
-
-@dataclass
-class Checkpoint:
-    """The tensors of a model's files. `stored`: what bitsandbytes kept beside the weights that it quantised, by weight."""
-
-    tensors: dict[str, Lazy]
-    stored: dict[str, dict[str, Lazy]]
-    files: list[str]
-
-    def without(self, spared: Collection[str]) -> Mapping[str, "Lazy | _Spared"]:
-        """The tensors, with stand-ins of no size for those that need not be read."""
-        return {name: _Spared(lazy) if name in spared else lazy for name, lazy in self.tensors.items()}
-
-
-@dataclass(frozen=True)
-class _Spared:
-    """A tensor that is not read."""
-
-    lazy: Lazy
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return torch.empty(0)
-
-    def get_shape(self) -> Sequence[int]:
-        return self.lazy.get_shape()
-
-
-def open_checkpoint(source: ModelSource) -> Checkpoint:
-    """Open the safetensors of `source`, on this disk or from the hub, and read nothing of the weights yet."""
-    files = _files(source)
-    tensors: dict[str, Lazy] = {}
-    for file in files:
-        opened = safe_open(file, framework="pt", backend="pread")
-        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    stored: dict[str, dict[str, Lazy]] = {}
-    for name in list(tensors):
-        weight, _, part = name.partition(".weight.")
-        if part:
-            stored.setdefault(f"{weight}.weight", {})[part] = tensors.pop(name)
-        elif name.endswith(_PARTS_OF_INT8):
-            weight, _, part = name.rpartition(".")
-            stored.setdefault(f"{weight}.weight", {})[part] = tensors.pop(name)
-    bare = next((n for n, t in tensors.items() if n.endswith(".weight") and n not in stored and t.get_dtype() in _WHOLE), None)
-    if bare is not None:
-        raise InputError(f"{bare} is kept in whole numbers, but their scales are missing; the files are incomplete")
-    orphan = next((n for n in stored if n not in tensors), None)
-    if orphan is not None:
-        raise InputError(f"there are scales of {orphan}, but not the weight itself; the files are incomplete")
-    return Checkpoint(tensors, stored, files)
-
-
-def _files(source: ModelSource) -> list[str]:
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(source.location, _INDEX, **missing)
-    if index is not None:
-        return list(get_checkpoint_shard_files(source.location, index)[0] or ())
-    single = cached_file(source.location, _SINGLE, **missing)
-    if single is None:
-        raise InputError(f"there is no {_SINGLE}; snugtune reads safetensors only")
-    return [single]
 
 
 class Request(QuantizationConfigMixin):
@@ -233,7 +156,7 @@ class _Quantizer(HfQuantizer):
             format = Dense(site.dtype) if request.checkpoint.stored else request.format
             parts = format.encode(_oriented(weight, value, site))
         else:
-            format, parts = read_stored(weight, value, stored, site)
+            format, parts = read_stored(weight, value, stored, site.shape)
             wide = torch.float32 if site.dtype == torch.float16 else site.dtype  # see `load_frozen`
             value = format.decode(parts, site.shape, wide)
             if isinstance(request.format, Dense):
@@ -292,17 +215,25 @@ register_quantizer(METHOD)(_Quantizer)
 def narrowable(model: PreTrainedModel, dtype: torch.dtype, stored: Container[str] = ()) -> dict[str, Site]:
     """The linears whose weights are encoded: all but the head, tied ones, routers of experts, and rows of odd length.
 
-    Also those that are `stored` in fewer bits already.
+    Nor those that the model wants in fp32. But all that are `stored` in fewer bits already.
     """
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
-    head, sites = model.get_output_embeddings(), {}
+    head, wide, sites = model.get_output_embeddings(), kept_in_fp32(model, dtype), {}
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, Conv1D) or module is head or name in tied:
             continue
         shape = FrozenLinear.shape_of(module)
-        if f"{name}.weight" in stored or (shape[1] % 2 == 0 and not ROUTER_NAME.search(name)):
+        encoded = shape[1] % 2 == 0 and not ROUTER_NAME.search(name) and not wide(f"{name}.weight")
+        if f"{name}.weight" in stored or encoded:
             sites[name] = Site(shape, isinstance(module, Conv1D), dtype)
     return sites
+
+
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether a parameter stays in fp32 where the others are in `dtype`, as transformers' own loading decides it."""
+    plan = model._get_dtype_plan(dtype)
+    pattern, _, _ = build_glob_alternation(list(plan))
+    return lambda name: bool(plan) and pattern.search(name) is not None
 
 
 def _oriented(name: str, value: Tensor, site: Site) -> Tensor:
@@ -311,60 +242,6 @@ def _oriented(name: str, value: Tensor, site: Site) -> Tensor:
     if tuple(weight.shape) != site.shape:
         raise InputError(f"{name} has shape {tuple(value.shape)}, the config asks for {site.shape}")
     return weight
-
-
-def read_stored(name: str, value: Tensor, stored: Mapping[str, Lazy], site: Site) -> tuple[Format, Parts]:
-    """What bitsandbytes wrote for one weight. Raises `InputError` unless every part is what it should be.
-
-    `value` is the quantised weight, cast to floating point on its way here, which 8 bits survive.
-    """
-    format: Format
-    if "SCB" in stored:
-        format = Int8()
-        parts = {"int8": value.to(torch.int8), "scale": stored["SCB"][...].float()}
-    elif "weight_format" in stored:
-        raise InputError(f"{name}: is kept in 8 bits, but its scales (SCB) are missing")
-    else:
-        format, parts = _read_4bit(name, value, stored, site)
-    if "weight_format" in stored and int(stored["weight_format"][...]) != 0:
-        raise InputError(f"{name}: its 8 bits lie in an order of old bitsandbytes; save the model again with a new one")
-    for part, (dtype, shape) in format.layout(*site.shape).items():
-        found = parts[part]
-        if found.dtype != dtype or tuple(found.shape) != shape:
-            raise InputError(f"{name}: its {part} is {found.dtype} {tuple(found.shape)}; it should be {dtype} {shape}")
-        if dtype.is_floating_point and not found.isfinite().all():
-            raise InputError(f"{name}: its {part} is not finite; the file is damaged")
-    return format, parts
-
-
-def _read_4bit(name: str, value: Tensor, stored: Mapping[str, Lazy], site: Site) -> tuple[Format, dict[str, Tensor]]:
-    state = next((part for part in stored if f".{part}".startswith(_STATE)), None)
-    if state is None:
-        raise InputError(f"{name}: is kept in 4 bits, but how is not said (no {_STATE.strip('.')}*)")
-    try:
-        about = json.loads(bytes(stored[state][...].tolist()))
-        kind, block, shape = str(about["quant_type"]), about["blocksize"], tuple(about["shape"])
-        parts = {"packed": value.to(torch.uint8).view(-1), "absmax": stored["absmax"][...]}
-        double = "nested_absmax" in stored
-        if double:
-            parts |= {"nested_absmax": stored["nested_absmax"][...], "nested_code": stored["nested_quant_map"][...]}
-            parts["offset"] = torch.tensor([float(about["nested_offset"])])
-    except KeyError as error:
-        raise InputError(f"{name}: there is no {error.args[0]} of its 4 bits; the files are incomplete") from error
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"{name}: {state} cannot be read ({error})") from error
-    if kind not in CODES or type(block) is not int or block not in _BLOCKS or shape != site.shape:
-        raise InputError(f"{name}: is {kind} {shape} in blocks of {block}; it should be nf4 or fp4 {site.shape}, in blocks of 64")
-    if "quant_map" in stored and not _is_code(stored["quant_map"][...], kind):
-        raise InputError(f"{name}: its quant_map is not the code of {kind}; the files are damaged")
-    if double and about.get("nested_blocksize") != Bits4.nested_block:
-        raise InputError(f"{name}: its scales lie in blocks of {about.get('nested_blocksize')}; only 256 is read")
-    return Bits4(block, double, kind), parts
-
-
-def _is_code(found: Tensor, kind: str) -> bool:
-    code = torch.tensor(CODES[kind])
-    return found.shape == code.shape and torch.allclose(found.float(), code, atol=1e-4)
 
 
 def sample(weight: Tensor) -> bytes:
