@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from common import table
-from synthetic import write_llama
 
 MIB = 1 << 20
 
@@ -30,9 +29,10 @@ MIB = 1 << 20
 class Phases:
     """An observer that measures what lies between a run's messages. `ended`: phase -> seconds, and peak in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, begun: float) -> None:
         self.ended: dict[str, tuple[float, int]] = {}
         self._begin()
+        self.begun = begun
 
     def _begin(self) -> None:
         from snugtune.memory.budget import Watch
@@ -64,6 +64,7 @@ class Phases:
 
 def train(folder: Path, steps: int, rank: int, resident: bool, limit: int, over_imports: bool) -> dict[str, Any]:
     """In this process: what each phase took."""
+    begun = time.perf_counter()
     from snugtune.console import quiet_libraries
 
     quiet_libraries()
@@ -73,7 +74,7 @@ def train(folder: Path, steps: int, rank: int, resident: bool, limit: int, over_
     import snugtune.run
     from snugtune.config import to_config
 
-    phases = Phases()
+    phases = Phases(begun)
     phases.end_of("imports")
     if over_imports:
         status = Path("/proc/self/status").read_text().splitlines()
@@ -122,8 +123,10 @@ def main() -> None:
     if told.here:
         print(json.dumps(train(told.folder, told.steps, told.rank, told.resident, limit, told.over_imports)))
         return
-    shape = (told.layers, told.width, told.inner, told.heads, told.vocab)
-    write_llama(told.folder / "model", *shape, nf4=True)
+    if not (told.folder / "model" / "model.safetensors.index.json").exists():
+        from synthetic import write_llama
+
+        write_llama(told.folder / "model", told.layers, told.width, told.inner, told.heads, told.vocab, nf4=True)
     shutil.rmtree(told.folder / "run", ignore_errors=True)
     place = {"SNUGTUNE_CACHE": os.environ.get("SNUGTUNE_CACHE") or str(told.folder / "cache")}
     command = [sys.executable, __file__, *sys.argv[1:], "--here"]

@@ -16,7 +16,7 @@ from snugtune.model.frozen import FrozenLinear
 from snugtune.model.head import Logits
 from snugtune.model.routed import Slot
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Weights decoded at a time."""
 
 
