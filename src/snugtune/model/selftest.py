@@ -36,7 +36,7 @@ _JOB = "gradient self-test"
 # What rounding explains: the relative L2 error of any one feature over the tokens.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _CHAIN = 4
-"""Roundings on the way to a factor's gradient, or through the head, which sums may not even out (2.03 % seen on random weights)."""
+"""Roundings on the way to a factor's gradient, or through the head: sums may not even them out (2.03 % seen, random weights)."""
 _EXACT = 0.1
 """The loss is taken in fp32 of logits that were rounded alike (1e-7 seen in bf16, too)."""
 _SMALL = 0.2
