@@ -221,8 +221,8 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
-    if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)):
-        observer.note(f"checked: gradients of {checked} linears agree with plain autograd")
+    if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)).linears:
+        observer.note(f"checked: {checked}")
     if checkpoint is None:
         session.pending = trainer.start_metrics()
     else:

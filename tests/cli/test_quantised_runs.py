@@ -24,6 +24,7 @@ import snugtune.run
 from conftest import relative, sequences, tiny_model, tiny_tokenizer
 from quantised import loaded
 from snugtune.model.frozen import FrozenLinear
+from snugtune.model.selftest import Checked
 
 pytest_plugins = ("places",)
 
@@ -110,7 +111,7 @@ def test_a_run_goes_on_where_it_was_interrupted(kind: str, place: Path) -> None:
     ran = here("train", _config(place, "truth", PINS[kind]))
     assert ran.code == 0, ran.err
     assert f"plan: weights {PINS[kind]['weights']} (as asked, products in " in ran.err
-    assert "checked: gradients of 14 linears agree with plain autograd\n" in ran.err
+    assert "checked: gradients of 14 linears and of the head agree with plain autograd\n" in ran.err
     from snugtune.config import read_config
     from snugtune.errors import Interrupted
 
@@ -128,7 +129,7 @@ def test_a_run_goes_on_where_it_was_interrupted(kind: str, place: Path) -> None:
 
 def test_the_check_changes_no_bit_of_a_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert here("train", _config(place, "checked", PINS["nf4"])).code == 0
-    monkeypatch.setattr(snugtune.run, "check_gradients", lambda base: 0)
+    monkeypatch.setattr(snugtune.run, "check_gradients", lambda base: Checked(0, 0))
     assert here("train", _config(place, "unchecked", PINS["nf4"])).code == 0
     assert _equal(_adapter(place / "checked"), _adapter(place / "unchecked"))
 

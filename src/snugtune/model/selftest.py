@@ -2,61 +2,99 @@
 
 Kernels of narrow weights, and weights that come and go, fail silently: right in forward and wrong in backward, or right
 until an evaluation. So nothing is trained before each linear's output and gradients were seen to be those of its weight,
-decoded here by plain torch code; and once more after an evaluation. One such weight is alive at a time.
+decoded here by plain torch code; and once more after an evaluation. The head's loss is held in the same way.
+
+In a large model the first, the middle and the last linear of each kind stand for the others, which the same code serves; of
+those it is seen that they are given the weights that were kept for them, in forward and in backward.
 Shapes: W [out, in], x [n, in], dy [n, out].
 """
 
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snugtune.errors import GradientError
 from snugtune.model.base import Base
-from snugtune.model.formats import CODES, Bits4, Dense, Format, Int8, Parts
+from snugtune.model.formats import Parts
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.proofs import probe_batch
+from snugtune.model.reference import true_nll, true_use
 from snugtune.model.routed import RoutedLinear, Slot
 from snugtune.types import Batch, Segment
 
-PIECE = 1 << 20
-"""Weights decoded at a time."""
+WHOLE = 1 << 27
+"""Weights up to which every linear of a model is held against autograd."""
 RANK = 4
 _JOB = "gradient self-test"
 # What rounding explains: the relative L2 error of any one feature over the tokens.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _CHAIN = 4
-"""Roundings on the way to a factor's gradient, which sums over tokens may not even out (2.03 % seen on random weights)."""
+"""Roundings on the way to a factor's gradient, or through the head: sums may not even them out (2.03 % seen, random weights)."""
+_EXACT = 0.1
+"""The loss is taken in fp32 of logits that were rounded alike (1e-7 seen in bf16, too)."""
 _SMALL = 0.2
 """A feature smaller than this share of the usual one is held against that: it is a sum of larger ones that cancel."""
 
 
-def check_gradients(base: Base) -> int:
-    """Hold every frozen linear of `base` against plain autograd, before and after an evaluation; returns how many.
+class Checked(NamedTuple):
+    """How many linears were held against autograd, of how many that took part."""
+
+    compared: int
+    linears: int
+
+    def __str__(self) -> str:
+        which = f"{self.compared} of {self.linears}" if self.compared < self.linears else f"{self.compared}"
+        rest = "; the others have the weights that were kept for them" if self.compared < self.linears else ""
+        return f"gradients of {which} linears and of the head agree with plain autograd{rest}"
+
+
+def check_gradients(base: Base) -> Checked:
+    """Hold the frozen linears of `base` and its head against plain autograd, before and after an evaluation.
 
     Leaves no trace: no adapter, hook or gradient, no random number drawn. Raises `GradientError` at the first that is wrong.
     """
-    modules: dict[nn.Module, str] = {}
-    for name, module in base.model.named_modules():
-        if isinstance(module, RoutedLinear | FrozenLinear) and not name.endswith(".frozen"):
-            modules[module] = name
+    linears = ((n, m) for n, m in base.model.named_modules() if isinstance(m, RoutedLinear | FrozenLinear))
+    modules = {name: module for name, module in linears if not name.endswith(".frozen")}
+    if not modules:
+        return Checked(0, 0)
+    compared = _representatives(modules)
     training, devices = base.model.training, [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), ExitStack() as undo:
         undo.callback(base.model.train, training)
         for name, site in base.sites.items():
-            site.slots[_JOB] = _random_slot(site, zlib.crc32(name.encode()), base.device)
-            undo.callback(site.slots.pop, _JOB)
+            if name in compared:
+                site.slots[_JOB] = _random_slot(site, zlib.crc32(name.encode()), base.device)
+                undo.callback(site.slots.pop, _JOB)
         stored: dict[str, int] = {}
-        checked = _check(base, modules, stored, "")
+        seen = _check(base, modules, compared, stored, "")
         _evaluate(base)
-        _check(base, modules, stored, " after an evaluation")
-    return len(checked)
+        _check(base, modules, compared, stored, " after an evaluation")
+    return Checked(len(seen & compared), len(seen))
+
+
+def _representatives(modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """All linears of a small model; of a large one three of each kind, which differ in the numbers in their names alone."""
+    layers = {name: _frozen(module) for name, module in modules.items()}
+    if sum(layer.in_features * layer.out_features for layer in layers.values()) <= WHOLE:
+        return frozenset(layers)
+    kinds: dict[object, list[str]] = {}
+    for name, layer in layers.items():
+        kind = (re.sub(r"\d+", "#", name), type(modules[name]), type(layer), layer.format, layer.shape)
+        kinds.setdefault(kind, []).append(name)
+    return frozenset(names[at] for names in kinds.values() for at in (0, len(names) // 2, -1))
+
+
+def _frozen(module: nn.Module) -> FrozenLinear:
+    layer = module.frozen if isinstance(module, RoutedLinear) else module
+    assert isinstance(layer, FrozenLinear)
+    return layer
 
 
 def _random_slot(site: RoutedLinear, seed: int, device: torch.device) -> Slot:
@@ -77,11 +115,11 @@ def _batches(base: Base) -> Iterator[Batch]:
         yield Batch(both.input_ids[:, part], both.position_ids[:, part], lengths, (segment,))
 
 
-def _loss(base: Base, batch: Batch) -> Tensor:
-    """The mean negative log likelihood of each next token of the row, as training takes it."""
+def _loss(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean negative log likelihood of each next token of the row, as training takes it, and what it is taken of."""
     hidden, targets = base.hidden(batch)[:-1], batch.input_ids[0, 1:]
     weights = torch.full(targets.shape, 1.0 / len(targets), device=base.device)
-    return base.head.for_segment(batch.segments[0]).nll(hidden, targets, weights)
+    return base.head.for_segment(batch.segments[0]).nll(hidden, targets, weights), hidden
 
 
 def _evaluate(base: Base) -> None:
@@ -92,24 +130,25 @@ def _evaluate(base: Base) -> None:
                 _loss(base, batch)
 
 
-def _check(base: Base, modules: dict[nn.Module, str], stored: dict[str, int], when: str) -> set[str]:
+def _check(base: Base, modules: Mapping[str, nn.Module], compared: frozenset[str], stored: dict[str, int], when: str) -> set[str]:
     """A forward and a backward of each batch; returns which linears took part in both."""
     base.model.train()
-    slots = {name: site.slots[_JOB] for name, site in base.sites.items()}
+    slots = {name: site.slots[_JOB] for name, site in base.sites.items() if name in compared}
     factors = [factor for slot in slots.values() for factor in (slot.a, slot.b)]
-    checked: set[str] = set()
+    seen: set[str] = set()
     for batch in _batches(base):
-        probe = _Probe(stored, when, _TOLERANCE[base.dtype])
+        probe = _Probe(compared, stored, when, _TOLERANCE[base.dtype])
         with probe.watching(base, modules), base.routed(batch):
-            loss = _loss(base, batch)
+            loss, hidden = _loss(base, batch)
             probe.recording = False  # what is called from now on is recomputed
             loss.backward(inputs=[*probe.embedded, *factors])
         for name, truths in probe.factors.items():
             probe.check_factors(name, slots[name], truths)
-        checked |= probe.checked
+        probe.check_head(base, modules, hidden.detach(), batch.input_ids[0, 1:])
+        seen |= probe.seen
         for factor in factors:
             factor.grad = None
-    return checked
+    return seen
 
 
 @dataclass(eq=False)
@@ -128,19 +167,20 @@ class _Call:
 class _Probe:
     """What hooks see of one forward and backward. A use of a linear is compared as soon as its backward is through."""
 
+    compared: frozenset[str]
     stored: dict[str, int]  # checksum of what is kept of each weight
     when: str
     tolerance: float
     recording: bool = True
     last: _Call | None = None
     embedded: list[Tensor] = field(default_factory=list)
-    checked: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
     factors: dict[str, list[Tensor]] = field(default_factory=dict)  # the true gradients of A and B so far
 
     @contextmanager
-    def watching(self, base: Base, modules: dict[nn.Module, str]) -> Iterator[None]:
+    def watching(self, base: Base, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         handles = [base.model.get_input_embeddings().register_forward_hook(self._embedded)]
-        for module, name in modules.items():
+        for name, module in modules.items():
             handles.append(module.register_forward_pre_hook(partial(self._before, name)))
             handles.append(module.register_forward_hook(self._after))
         try:
@@ -156,16 +196,17 @@ class _Probe:
         return out
 
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x = args[0]
+        x, layer, self.last = args[0], _frozen(module), None
         if not (self.recording and x.requires_grad):
-            self.last = None
             return None
-        layer = module.frozen if isinstance(module, RoutedLinear) else module
-        assert isinstance(layer, FrozenLinear)
-        slot = module.slots[_JOB] if isinstance(module, RoutedLinear) else None
-        self.last = call = _Call(name, layer, slot, _rows(x).clone())
         own = x.view_as(x)  # other linears may take the same input: the gradient of this use alone
-        own.register_hook(lambda dx: self._compare(call, _rows(dx)))
+        if name in self.compared:
+            slot = module.slots[_JOB] if isinstance(module, RoutedLinear) else None
+            self.last = call = _Call(name, layer, slot, _rows(x).clone())
+            own.register_hook(lambda dx: self._compare(call, _rows(dx)))
+        else:
+            self._check_kept(name, layer)
+            own.register_hook(lambda dx: self._check_kept(name, layer))
         return (own, *args[1:])
 
     def _after(self, module: nn.Module, args: object, y: Tensor) -> Tensor | None:
@@ -177,29 +218,42 @@ class _Probe:
         own.register_hook(lambda dy: setattr(call, "dy", _rows(dy)))
         return own
 
+    def _check_kept(self, name: str, layer: FrozenLinear) -> None:
+        """What is computed with now must be what is kept of the weight, and has been."""
+        if name not in self.stored:
+            self.stored[name] = _checksum(layer.fresh_parts())
+        if _checksum(layer.parts()) != self.stored[name]:
+            raise self._error(name, "the weight that it computes with is not the one that was kept")
+        self.seen.add(name)
+
     def _compare(self, call: _Call, dx: Tensor) -> None:
         assert call.y is not None and call.dy is not None
-        layer, slot, parts = call.layer, call.slot, call.layer.fresh_parts()
+        parts = call.layer.fresh_parts()
         checksum = _checksum(parts)
         if self.stored.setdefault(call.name, checksum) != checksum:
             raise self._error(call.name, "the weight it keeps has changed")
-        weight = reference_weight(layer.format, parts, layer.shape, layer.dtype)
-        wide = weight.dtype
-        with torch.enable_grad():
-            x = call.x.to(wide).requires_grad_()
-            y = F.linear(x, weight, None if layer.bias is None else layer.bias.to(wide))
-            if isinstance(layer.format, Int8) and layer.format.outlier_threshold:
-                y = y + (_int8_product(layer, layer.format, parts, call.x.to(wide)) - y).detach()  # its gradient stays
-            factors = [] if slot is None else [f.detach().to(call.x.dtype).to(wide).requires_grad_() for f in (slot.a, slot.b)]
-            if slot is not None:
-                y = y + slot.scale * F.linear(F.linear(x, factors[0]), factors[1])
-            truth, *gradients = torch.autograd.grad(y, [x, *factors], call.dy.to(wide))
-        self._hold(call.name, "output", call.y, y.detach(), self.tolerance)
+        y, truth, gradients = true_use(call.layer, parts, call.slot, call.x, call.dy)
+        self._hold(call.name, "output", call.y, y, self.tolerance)
         self._hold(call.name, "gradient of the input", dx, truth, self.tolerance)
-        if slot is not None:
+        if call.slot is not None:
             before = self.factors.get(call.name, [])
             self.factors[call.name] = [b + g for b, g in zip(before, gradients, strict=True)] if before else gradients
-        self.checked.add(call.name)
+        self.seen.add(call.name)
+
+    def check_head(self, base: Base, modules: Mapping[str, nn.Module], hidden: Tensor, targets: Tensor) -> None:
+        """Hold the loss of a few hidden states [n, D] and its gradient against autograd."""
+        head, few = base.head, slice(None, None, 4)
+        name = next((n for n, m in modules.items() if m is head.project), None)
+        if name is None and head.project is not None:
+            return  # it trains, by plain autograd
+        h, targets = hidden[few].clone().requires_grad_(), targets[few]
+        weights = torch.linspace(0.5, 1.5, len(h), device=h.device) / len(h)
+        ours = head.nll(h, targets, weights)
+        (dh,) = torch.autograd.grad(ours, h)
+        truth, true_dh = true_nll(None if name is None else _frozen(modules[name]), head.shape, h, targets, weights)
+        name = name or "the model's head"
+        self._hold(name, "loss", ours.detach().view(1, 1), truth.view(1, 1), _EXACT * self.tolerance)
+        self._hold(name, "gradient of the hidden states", dh, true_dh, _CHAIN * self.tolerance)
 
     def check_factors(self, name: str, slot: Slot, truths: list[Tensor]) -> None:
         """Hold the gradients that gathered in an adapter's factors against those of all uses of its linear."""
@@ -231,58 +285,9 @@ def _checksum(parts: Parts) -> int:
     return total
 
 
-def _int8_product(layer: FrozenLinear, format: Int8, parts: Parts, x: Tensor) -> Tensor:
-    """x [n, in] rounded to int8 by rows, but for outliers, times a weight that is not rounded to 16 bits on its way."""
-    far = x.abs() >= format.outlier_threshold
-    scale = x.masked_fill(far, 0).abs().amax(dim=1, keepdim=True).clamp_min(1e-36)
-    # bf16 has few numbers, so that many lie just between two of int8: rounded as `Int8` does
-    taken = torch.where(far, x, (x * (127 / scale)).round() * (scale / 127))
-    weight = reference_weight(format, parts, layer.shape, torch.float32)
-    return F.linear(taken, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
-
 def disagreement(ours: Tensor, truth: Tensor) -> float:
     """The largest relative L2 error of any feature (column) over the rows; infinite where a number is not finite."""
     errors, sizes = (ours.to(truth.dtype) - truth).norm(dim=0), truth.norm(dim=0)
     usual = float(sizes.square().mean().sqrt())
     worst = float((errors / sizes.clamp_min(max(_SMALL * usual, 1e-30))).max())
     return worst if worst == worst else float("inf")
-
-
-def reference_weight(format: Format, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W [out, in] in fp32 or wider with the values it has in `dtype`, by plain torch code: no kernel of `formats` is used."""
-    wide = torch.promote_types(dtype, torch.float32)
-    if isinstance(format, Dense):
-        return parts["dense"].to(wide)
-    if isinstance(format, Int8):
-        values, scales, run = parts["int8"].view(-1), parts["scale"] / 127, shape[1]
-    else:
-        assert isinstance(format, Bits4)
-        values, scales, run = parts["packed"].view(-1), _scales(format, parts), format.block
-    weight = torch.empty(shape[0] * shape[1], dtype=wide, device=values.device)
-    for start in range(0, len(weight), piece := max(1, PIECE // (2 * run)) * 2 * run):  # whole bytes, and runs of one scale
-        out = weight[start : start + piece]
-        numbers = (
-            values[start : start + piece].float() if isinstance(format, Int8) else _unpacked(format, values, start, len(out))
-        )
-        first, whole = start // run, len(out) // run * run
-        numbers[:whole].view(-1, run).mul_(scales[first : first + whole // run, None])
-        numbers[whole:].mul_(scales[-1])
-        out.copy_(numbers.to(dtype))
-    return weight.view(shape)
-
-
-def _unpacked(format: Bits4, packed: Tensor, start: int, count: int) -> Tensor:
-    """Numbers of the code, two a byte: the first is in the upper half."""
-    code = torch.tensor(CODES[format.kind], device=packed.device)
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.int64)[:, 0]  # of each byte
-    return pairs[packed[start // 2 :][: (count + 1) // 2].int()].view(torch.float32)[:count]
-
-
-def _scales(format: Bits4, parts: Parts) -> Tensor:
-    """The largest magnitude of each block."""
-    absmax = parts["absmax"]
-    if not format.double:
-        return absmax
-    nested = parts["nested_absmax"].repeat_interleave(format.nested_block)[: len(absmax)]
-    return parts["nested_code"][absmax.int()] * nested + parts["offset"]
