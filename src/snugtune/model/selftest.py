@@ -29,7 +29,7 @@ from snugtune.model.reference import true_nll, true_use
 from snugtune.model.routed import RoutedLinear, Slot
 from snugtune.types import Batch, Segment
 
-WHOLE = 1 << 27
+WHOLE = 1 << 28
 """Weights up to which every linear of a model is held against autograd."""
 RANK = 4
 _JOB = "gradient self-test"
