@@ -148,7 +148,10 @@ def test_examples_of_several_kinds_keep_their_order() -> None:
 def test_logprobs_are_those_of_the_model(arch: str) -> None:
     trainer = live(arch)
     job, examples = trainer.add(FIELDS), invented(9, 30, 17, 3, 22)
+    inside = trainer._bench.trainer.base.model
+    training = inside.training
     ours, model = job.logprobs(examples), tiny_model(arch)
+    assert inside.training == training
     for example, values in zip(examples, ours, strict=True):
         with torch.no_grad():
             every = F.log_softmax(model(input_ids=example.tokens[None]).logits[0, :-1].double(), -1)
@@ -400,8 +403,10 @@ def test_a_scheduled_job_goes_on_from_its_state(data: str, tmp_path: Path) -> No
     while job.steps_done < 2 or "default" not in trainer._bench.trainer.turns:
         assert trainer.step()
     job.save_state(tmp_path / "state")
+    inner(trainer).served += 1000  # as of one that joined later
+    joined = inner(trainer).served
     job.load_state(tmp_path / "state")
-    assert "default" not in trainer._bench.trainer.turns
+    assert "default" not in trainer._bench.trainer.turns and inner(trainer).served == joined
     while trainer.step():
         pass
     assert same(bits(trainer), bits(alone))
@@ -586,6 +591,7 @@ def test_mistakes_are_told_in_a_line(data: str, tmp_path: Path, model_folder: Pa
         (lambda: b.sample([5]), "cannot answer a conversation"),  # pyright: ignore
         (lambda: b.save(tmp_path / "full"), "holds something else"),
         (lambda: b.save_state(tmp_path / "full" / "thesis.txt"), "is a file; give a folder"),
+        (lambda: b.save(""), "names no folder"),
         (lambda: b.load_state(tmp_path / "none"), "none"),
         (lambda: snugtune.open(model_folder, plan={"weight": "fp32"}), "open: plan: .*'weight'; did you mean 'weights'"),
         (lambda: snugtune.open(tmp_path / "none"), "none"),

@@ -301,6 +301,8 @@ def failure_of(*jobs: Job) -> JobFailedError:
 def _place(path: str | Path, mark: str) -> Path:
     """A folder to be written: new, empty, or one of the same kind, which has the file `mark`."""
     folder = user_path(str(path), "path")
+    if not folder.name:
+        raise InputError(f"path: '{path}' names no folder to be made; give one")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"path: {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
