@@ -122,6 +122,35 @@ def test_verbs_give_the_bits_of_scheduled_steps(more: dict[str, Any], data: str)
     assert b.optim_step(lr=0.5).lr == 0.5
 
 
+def test_an_objective_may_be_another_for_once() -> None:
+    smooth, examples = {"type": "sft", "label_smoothing": 0.2}, invented(9, 30)
+    trainer = live()
+    own, given = trainer.add(FIELDS | {"name": "own", "objective": smooth}), trainer.add(FIELDS | {"name": "given"})
+    plain = given.forward_backward(examples).loss
+    given.optim_step(lr=0.0)
+    assert given.forward_backward(examples, objective=smooth).loss != plain
+    own.forward_backward(examples)
+    own.optim_step(lr=0.0)  # both at the same step, with the same dropout
+    own.forward_backward(examples)
+    assert torch.equal(gradient(trainer, "own"), gradient(trainer, "given"))
+
+
+@pytest.mark.parametrize("plan", [{"recompute": "blocks"}, {"recompute": "blocks", "offload": "activations"}], ids=str)
+def test_what_is_recomputed_or_kept_elsewhere_changes_no_bit(
+    plan: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("snugtune.model.spill.lies_in_memory", lambda _: False)  # here /tmp may do so
+    found = []
+    for how in ({}, plan):
+        trainer = live(**how)
+        job = trainer.add(FIELDS)
+        job.forward_backward(invented(9, 30))
+        job.forward_backward_custom(invented(30, 17), mean_nll)
+        found.append(gradient(trainer))
+    assert torch.equal(*found)
+
+
 def test_examples_are_those_of_files(data: str) -> None:
     trainer = live()
     trainer.add(FIELDS | {"name": "a", "data": data})

@@ -131,7 +131,7 @@ class LiveJob:
         """Add the gradient of the examples' loss to the job's. Returns that loss: a sum over scored tokens / `size`.
 
         `size` is by default the sum of these examples' weights, which makes the loss their mean. Several calls add up to one
-        large batch when each is given the size of all. `objective`: instead of the job's own.
+        large batch when each is given the size of all. `objective`: instead of the job's own, as a config has it.
         """
         trainer, job = self._by_hand()
         how = job.objective if objective is None else objective_from(objective)
