@@ -4,6 +4,12 @@
     run = snugtune.train({"model": "demo", "data": "data.jsonl", "output": "runs/first"})
     print(snugtune.load(run.folder).reply("Hello!"))
 
+    with snugtune.open("demo") as trainer:  # step by step
+        job = trainer.add({"method": {"r": 8}})
+        job.forward_backward(job.examples([{"prompt": "Hello!", "completion": "Ahoy!"}]))
+        job.optim_step()
+        print(job.sample(["Hello!"]))
+
 Importing this package is light: torch and transformers are loaded by the functions that need them.
 """
 
@@ -16,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snugtune.config import RunConfig
+    from snugtune.live import LiveTrainer
     from snugtune.run import RunResult
     from snugtune.tuned import Tuned
 
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "train"]
+__all__ = ["__version__", "load", "open", "train"]
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path) -> RunResult:
@@ -48,3 +55,16 @@ def load(run: str | Path, adapter: str | None = None, trust_remote_code: bool = 
     from snugtune.tuned import load as load_tuned
 
     return load_tuned(Path(run), adapter, trust_remote_code=trust_remote_code, weights=weights)
+
+
+def open(
+    model: str | Path, plan: Mapping[str, Any] | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> LiveTrainer:
+    """Load a base and nothing else, for jobs that are added, driven and removed from Python.
+
+    `model`, `plan`, `device` and `trust_remote_code` are those of a run's config. Raises
+    `snugtune.errors.SnugtuneError` for anything the caller can mend.
+    """
+    from snugtune.live import open_trainer
+
+    return open_trainer(model=str(model), plan=plan or {}, device=device, trust_remote_code=trust_remote_code)

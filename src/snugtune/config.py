@@ -192,6 +192,8 @@ class JobFields(Config):
 class JobConfig(JobFields):
     """One job, complete."""
 
+    needs_data: ClassVar[bool] = True
+
     name: str = Field(default=DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description=_NAMES)
     weight: float = Field(
         default=1.0, gt=0, le=1e6, description="this job's share of the tokens, as long as others train; 2: twice those of a 1"
@@ -214,7 +216,7 @@ class JobConfig(JobFields):
 
     @model_validator(mode="after")
     def _has_data(self) -> "JobConfig":
-        if not self.data:
+        if self.needs_data and not self.data:
             raise ValueError("data: nothing to train on; give a file, a folder, or the id of a dataset on the hub")
         return self
 

@@ -31,7 +31,7 @@ from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.selftest import check_gradients
-from snugtune.model.source import ModelSource, find_model
+from snugtune.model.source import ModelSource, Say, find_model
 from snugtune.report import write_report
 from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
@@ -204,7 +204,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device)
     base = _load(source, planned, checkpoint, config, observer)
-    planned = _proved(planned, base, config.plan.execution == "fused", observer)
+    planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
     session = Session(config, folder, planned, trainer)
     for job_config in config.resolved_jobs():
@@ -248,7 +248,7 @@ def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, 
     return base
 
 
-def _proved(planned: Planned, base: Base, pinned: bool, observer: Observer) -> Planned:
+def proved(planned: Planned, base: Base, pinned: bool, note: Say) -> Planned:
     """The plan, with jobs in turns where this base or this machine cannot lay them side by side. `pinned`: they were to be."""
     capacity = planned.plan.fused_tokens
     if not capacity:
@@ -258,12 +258,10 @@ def _proved(planned: Planned, base: Base, pinned: bool, observer: Observer) -> P
     if base.apart is None and base.rows_are_independent(capacity):
         return planned
     if pinned:
-        observer.note(
-            "plan: matrix products here give a row other last bits among others: fused, as asked, no job is as if alone"
-        )
+        note("plan: matrix products here give a row other last bits among others: fused, as asked, no job is as if alone")
         return planned
     why = base.apart or "matrix products here give a row other last bits among others"
-    observer.note(f"plan: jobs take turns after all ({why})")
+    note(f"plan: jobs take turns after all ({why})")
     return replace(planned, plan=replace(planned.plan, fused_tokens=0))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from snugtune.config import RunConfig
@@ -9,12 +10,13 @@ from snugtune.errors import StorageError
 from snugtune.files import whole_folder
 from snugtune.folder import RunFolder
 from snugtune.memory.plan import Planned
+from snugtune.model.base import Base
 from snugtune.tracking import Tracking
 from snugtune.training.checkpoint import load_best, save_best, save_checkpoint
 from snugtune.training.job import Ended, Job, quarantine
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
-from snugtune.types import NARROW
+from snugtune.types import NARROW, Plan
 from snugtune.words import counted
 
 AUTO_CHECKPOINTS = 10
@@ -136,7 +138,7 @@ class Session:
             note(f"{job.name}: the result is the state of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}")
         if job.best is not None and job.untuned is not None and job.best.eval_loss >= job.untuned:
             note(f"{job.name}: no evaluation was better than the untuned model's, {job.untuned:.4f}; try a lower optimizer.lr")
-        _save_artefact(self, job)
+        save_artefact(self.folder.artefact(job.config), self.trainer.base, self.planned.plan, job)
 
     def reported(self) -> dict[str, int]:
         """Job -> the last step whose metrics are final."""
@@ -179,24 +181,23 @@ class Logs:
             self.samples.close()
 
 
-def _save_artefact(session: Session, job: Job) -> None:
-    """Write a finished job's adapter or model folder, whole, with its model card and the tokenizer."""
-    with whole_folder(session.folder.artefact(job.config)) as made:
+def save_artefact(folder: Path, base: Base, plan: Plan, job: Job) -> None:
+    """Write a job's adapter or model folder, whole, with its model card and the tokenizer. Raises `StorageError`."""
+    with whole_folder(folder) as made:
         job.attached.save(made)
-        session.trainer.base.tokenizer.save_pretrained(made)
-        (made / "README.md").write_text(_card(session, job), encoding="utf-8")
+        base.tokenizer.save_pretrained(made)
+        (made / "README.md").write_text(_card(base, plan, job), encoding="utf-8")
 
 
-def _card(session: Session, job: Job) -> str:
+def _card(base: Base, plan: Plan, job: Job) -> str:
     """A model card: where this comes from and how to load it."""
-    c, base = job.config, session.trainer.base
+    c = job.config
     library = "peft" if c.method.type == "lora" else "transformers"
-    steps = f"{counted(job.step, 'steps')} of {counted(c.batch_size, 'examples')}"
+    data = f"{counted(c.batch_size, 'examples')}, {counted(len(job.data.train), 'training examples')}"
     about = (
-        f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {steps}, "
-        f"{counted(len(job.data.train), 'training examples')}, seed {c.seed}."
+        f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {counted(job.step, 'steps')} "
+        f"{'driven by hand' if job.by_hand else f'of {data}'}, seed {c.seed}."
     )
-    plan = session.planned.plan
     if plan.weights in NARROW:
         about += f" The base's weights were kept in {plan.weights} meanwhile, and computed with in {plan.compute}."
     if c.keep_best and job.best is not None:

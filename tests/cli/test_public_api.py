@@ -156,7 +156,7 @@ def tiny_run(model: Path, place: Path, **fields: Any) -> dict[str, Any]:
 
 
 def test_exported_names() -> None:
-    assert sorted(snugtune.__all__) == ["__version__", "load", "train"]
+    assert sorted(snugtune.__all__) == ["__version__", "load", "open", "train"]
     assert all(hasattr(snugtune, name) for name in snugtune.__all__)
 
 
@@ -173,6 +173,7 @@ def test_names_stay_functions_whatever_is_imported() -> None:
             importlib.import_module(module.name)
     assert callable(snugtune.train)
     assert callable(snugtune.load)
+    assert callable(snugtune.open)
 
 
 def test_config_fields() -> None:

@@ -1,12 +1,12 @@
 """The plan of a run: which knobs, and why. Fixed rules for now; pins of the config are respected."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
-from snugtune.config import PlanConfig, RunConfig
+from snugtune.config import JobConfig, PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS
 from snugtune.types import FULL_FORWARD, NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
@@ -24,28 +24,36 @@ class Planned:
 
 
 def make_plan(config: RunConfig, stored: Width | None = None, apart: str | None = None) -> Planned:
-    """Choose the knobs; `stored` is the format that the checkpoint keeps its weights in, where it is a narrow one.
+    """Choose the knobs of a run; see `plan_for`."""
+    return plan_for(config.model, config.device, config.plan, config.resolved_jobs(), stored, apart)
 
-    `apart`: why this base's jobs cannot share a forward, where its config tells.
+
+def plan_for(
+    model: str, wanted: str, pins: PlanConfig, jobs: Sequence[JobConfig], stored: Width | None = None, apart: str | None = None
+) -> Planned:
+    """Choose the knobs; `wanted` is the device, `jobs` are those that are known, of which there may be none yet.
+
+    `stored`: the format that the checkpoint keeps its weights in, where it is a narrow one; `apart`: why this base's jobs
+    cannot share a forward, where its config tells.
 
     Raises `InputError` for a pin that this device, the methods or the checkpoint cannot serve.
     """
-    device, pins = _device(config.device), config.plan
+    device = _device(wanted)
     weights, why_weights = _weights(pins.weights, device, stored)
     offload, recompute = _offload(pins)
-    _check_frozen(config, weights, offload, stored)
-    fused_tokens, why_execution = _execution(config, apart)
+    _check_frozen(jobs, weights, offload, stored)
+    fused_tokens, why_execution = _execution(model, pins, jobs, apart)
     plan = Plan(
         device=device,
         weights=weights,
-        micro_batch=_micro_batch(config),
+        micro_batch=_micro_batch(pins, jobs),
         recompute=recompute,
         head_rows=HEAD_ROWS,
         threads=torch.get_num_threads(),
         compute=_native(device)[0] if weights == "int8" or weights == "nf4" else weights,
         double_quant=pins.double_quant,
         outlier_threshold=pins.outlier_threshold,
-        optimizer_state=_optimizer_state(config, device),
+        optimizer_state=_optimizer_state(pins.optimizer_state, jobs, device),
         offload=offload,
         fused_tokens=fused_tokens,
     )
@@ -53,29 +61,35 @@ def make_plan(config: RunConfig, stored: Width | None = None, apart: str | None 
     return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together))
 
 
-def _micro_batch(config: RunConfig) -> int:
+def check_job(job: JobConfig, plan: Plan, stored: Width | None = None) -> None:
+    """See whether a job can come to a base that was loaded by `plan`. Raises `InputError`."""
+    _check_frozen([job], plan.weights, plan.offload, stored)
+    _optimizer_state(plan.optimizer_state, [job], plan.device)
+
+
+def _micro_batch(pins: PlanConfig, jobs: Sequence[JobConfig]) -> int:
     """Sequences of a chunk. Where lengths differ it is each job's own: what it learns must not depend on its neighbours'."""
-    if config.plan.micro_batch != "auto":
-        return config.plan.micro_batch
-    lengths = {job.max_seq_len for job in config.resolved_jobs()}
+    if pins.micro_batch != "auto":
+        return pins.micro_batch
+    lengths = {job.max_seq_len for job in jobs}
     return max(1, FULL_FORWARD // lengths.pop()) if len(lengths) == 1 else 0
 
 
-def _execution(config: RunConfig, apart: str | None) -> tuple[int, str]:
+def _execution(model: str, pins: PlanConfig, jobs: Sequence[JobConfig], apart: str | None) -> tuple[int, str]:
     """Tokens of a forward that several jobs share (0: they take turns), and why, in words. Nothing is said of a single job."""
-    wanted, jobs = config.plan.execution, config.resolved_jobs()
+    wanted, said = pins.execution, f"{len(jobs)} jobs" if jobs else "jobs"
     if wanted == "fused" and apart is not None:
-        raise InputError(f"plan.execution: fused cannot be on '{config.model}' ({apart}); use interleaved")
+        raise InputError(f"plan.execution: fused cannot be on '{model}' ({apart}); use interleaved")
     if len(jobs) == 1:
         return 0, ""
     if wanted == "interleaved" or apart is not None:
-        return 0, f"{len(jobs)} jobs take turns ({'as asked' if apart is None else apart})"
-    longest = max(job.max_seq_len for job in jobs)
-    pinned = 1 if config.plan.micro_batch == "auto" else config.plan.micro_batch
+        return 0, f"{said} take turns ({'as asked' if apart is None else apart})"
+    longest = max((job.max_seq_len for job in jobs), default=0)
+    pinned = 1 if pins.micro_batch == "auto" else pins.micro_batch
     room = max(FULL_FORWARD, pinned * longest) if wanted == "fused" else FULL_FORWARD
     return (
         room,
-        f"{len(jobs)} jobs share forwards of up to {room} tokens ({'as asked' if wanted == 'fused' else 'short chunks gain'})",
+        f"{said} share forwards of up to {room} tokens ({'as asked' if wanted == 'fused' else 'short chunks gain'})",
     )
 
 
@@ -155,9 +169,9 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
     return "cuda" if wanted == "cuda" else "cpu"
 
 
-def _check_frozen(config: RunConfig, weights: Width, offload: Offload, stored: Width | None) -> None:
+def _check_frozen(jobs: Sequence[JobConfig], weights: Width, offload: Offload, stored: Width | None) -> None:
     """Only frozen weights can be kept in fewer bits or elsewhere."""
-    job = next((job for job in config.resolved_jobs() if not METHODS[type(job.method)].routable), None)
+    job = next((job for job in jobs if not METHODS[type(job.method)].routable), None)
     if job is None:
         return
     if stored is not None:
@@ -175,13 +189,12 @@ def _offload(pins: PlanConfig) -> tuple[Offload, Recompute]:
     return offload, "blocks" if offload == "activations" else "none" if pins.recompute == "auto" else pins.recompute
 
 
-def _optimizer_state(config: RunConfig, device: str) -> OptimizerState:
-    wanted = config.plan.optimizer_state
+def _optimizer_state(wanted: OptimizerState | Literal["auto"], jobs: Sequence[JobConfig], device: str) -> OptimizerState:
     if wanted == "auto" or wanted == "fp32":
         return "fp32"
     if wanted == "paged" and device != "cuda":
         raise InputError("plan.optimizer_state: paged keeps it in the host's memory, where on CPU it is anyway; use 8bit")
-    for job in config.resolved_jobs():
+    for job in jobs:
         why = job.optimizer.obstacle()
         if why is not None:
             raise InputError(

@@ -24,6 +24,8 @@ from snugtune.types import Plan
 
 FORMAT = 5
 _BEST = "best-"
+JOB_FILE = "state.json"
+"""What makes a folder the state of one job."""
 
 
 class _Progress(BaseModel):
@@ -143,6 +145,48 @@ def save_checkpoint(
     for old in _folders(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def save_job(folder: Path, job: Job, base: str) -> None:
+    """Write the state of one job after its last whole step; `base` is the fingerprint. Raises `StorageError`."""
+    tensors, numbers = job.state()
+    with whole_folder(folder) as made:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, made / "state.safetensors")
+        state = {"format": FORMAT, "base": base, "kind": _kind(job), "job": numbers}
+        (made / JOB_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def load_job(folder: Path, job: Job, base: str) -> None:
+    """Bring a job to where the one stood that `save_job` wrote. Raises `InputError`, and leaves the job as it was then."""
+    state = read_json(folder / JOB_FILE)
+    if state.get("format") != FORMAT:
+        raise InputError(f"{folder}: written by another version of snugtune (format {state.get('format')}, not {FORMAT})")
+    if state.get("base") != base:
+        raise InputError(f"{folder}: the state of a job on another base than that of job '{job.name}'")
+    kind, own = state.get("kind"), _kind(job)
+    if kind != own:
+        differ = [name for name in own if not isinstance(kind, dict) or kind.get(name) != own[name]]
+        raise InputError(f"{folder}: the state of a job with another {' and another '.join(differ)} than job '{job.name}' has")
+    numbers = state.get("job", {})
+    if numbers.get("data") != job.data.fingerprint:
+        raise InputError(f"{folder}: the state of a job with other data than job '{job.name}' has")
+    try:
+        _check(_Numbers, numbers)
+        tensors = load_file(folder / "state.safetensors")
+        weights = {f"weights.{name}": weight.shape for name, weight in job.attached.state().items()}
+        if {name: t.shape for name, t in tensors.items() if name.startswith("weights.")} != weights:
+            raise ValueError("its weights have other names or shapes")
+        job.load_state(tensors, numbers)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: the state of a job cannot be read: {error}") from error
+
+
+def _kind(job: Job) -> dict[str, Any]:
+    """What a job's state follows from, besides its training."""
+    return {
+        "method": job.config.method.model_dump(mode="json"),
+        "optimizer": [job.config.optimizer.type, type(job.optimizer).__name__],
+    }
 
 
 def save_best(root: Path, job: Job) -> None:

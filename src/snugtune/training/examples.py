@@ -2,8 +2,9 @@
 
 import hashlib
 import inspect
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -12,16 +13,22 @@ from typing import Any
 
 from snugtune.config import JobConfig
 from snugtune.data.cache import TokenCache, code_of, tokenizer_identity
-from snugtune.data.forms import Item
+from snugtune.data.forms import Conversation, Document, Item, Unusable, read_form
 from snugtune.data.mix import InterleaveConfig, interleave, split
 from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
 from snugtune.files import cache_dir
 from snugtune.objectives import objective_of
+from snugtune.objectives.clm import Clm, ClmConfig
+from snugtune.objectives.sft import Sft, SftConfig
 from snugtune.types import Example, Prompt
 from snugtune.words import counted
 
 SUMMARY_BUCKETS = 24
+
+_READERS = {Conversation: (Sft, SftConfig()), Document: (Clm, ClmConfig())}
+_NOTHING_LOST = ("conversations split", "documents cut into pieces", "lists of tools left out")
+"""How remarks begin on examples that are used whole."""
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 """Shows progress over a sequence: `track(items, what)` yields the items."""
@@ -152,6 +159,31 @@ def _prompts(job: JobConfig, text: JobText, tokenizer: Any) -> tuple[Prompt, ...
     asked = (objective.ask_as(item, tokenizer) for item in items)
     fitting = (prompt for prompt in asked if prompt is not None and len(prompt.tokens) < job.max_seq_len)
     return tuple(islice(fitting, job.samples.count))
+
+
+def examples_of(records: Sequence[Any], job: JobConfig, tokenizer: Any, columns: Mapping[str, str]) -> list[Example]:
+    """Records given in Python, rendered and tokenised as those of files are. Conversations and texts may be mixed.
+
+    Raises `InputError` for the first of which anything would be lost. `columns`: our names -> the records' own.
+    """
+    items = [_item(record, columns, f"record {number}") for number, record in enumerate(records)]
+    found: list[Example] = []
+    drops = Drops()
+    for kind, group in itertools.groupby(items, key=type):
+        own, reader = objective_of(job.objective), _READERS.get(kind)
+        objective = own if reader is None or isinstance(own, reader[0]) else objective_of(reader[1])
+        found += objective.tokenise(group, tokenizer, job.max_seq_len, drops)
+    lost = next((reason for reason in drops.counts if not reason.startswith(_NOTHING_LOST)), None)
+    if lost is not None:
+        raise InputError(f"examples: {drops.places[lost][0]}: {lost}")
+    return found
+
+
+def _item(record: Any, columns: Mapping[str, str], place: str) -> Item:
+    try:
+        return read_form(record, "auto", columns, place)
+    except Unusable as error:
+        raise InputError(f"examples: {place} cannot be used: {str(error).removeprefix('records ')}") from error
 
 
 def histogram(lengths: Sequence[int], buckets: int) -> list[tuple[int, int, int]]:

@@ -57,11 +57,11 @@ class Job:
     failure: str | None = None  # why it was given up
     error: Exception | None = None  # what broke it, unless it diverged
     paused: bool = False  # it stands as it is, and takes no part
-    total: int = field(init=False)
+    total: int = field(init=False)  # optimizer steps; 0: as many as are asked for
 
     def __post_init__(self) -> None:
         c = self.config
-        self.total = total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
+        self.total = c.steps or 0 if self.by_hand else total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
         self.objective = objective_of(c.objective)
 
     @property
@@ -69,8 +69,13 @@ class Job:
         return self.config.name
 
     @property
+    def by_hand(self) -> bool:
+        """Whether it has no data: it takes no part in scheduled steps, somebody gives it its examples."""
+        return not self.data.train
+
+    @property
     def finished(self) -> bool:
-        return self.step >= self.total
+        return self.step >= self.total > 0
 
     @property
     def ended(self) -> bool:
@@ -78,8 +83,8 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Whether it has steps to do."""
-        return not (self.ended or self.paused)
+        """Whether it has steps to do that can be scheduled."""
+        return not (self.ended or self.paused or self.by_hand)
 
     @property
     def stopped_early(self) -> bool:
@@ -145,7 +150,6 @@ class Job:
         return tensors, numbers | {"optimizer": optimizer, "data": self.data.fingerprint}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
         named = {f"optimizer.{index}.{k}" for index, entry in numbers["optimizer"].items() for k in entry["tensors"]}
         if named != {key for key in tensors if key.startswith("optimizer.")}:
             raise ValueError("the optimizer's state is not that of its weights")
@@ -155,6 +159,7 @@ class Job:
             if any(list(tensor.shape) != entry["tensors"][name] for name, tensor in large.items()):
                 raise ValueError("the optimizer's state has other shapes than it should")
             state[int(index)] = {**entry["numbers"], **large}
+        self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for name in _COUNTERS:
             setattr(self, name, numbers[name])
@@ -214,7 +219,7 @@ def quarantine(job: Job) -> Iterator[None]:
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0."""
-    _check_fits(base, config, data)
+    check_fits(base, config, data)
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
     attached.drop_grad()  # until its turn comes
     weights = attached.matrices() if config.optimizer.by_matrix else attached.parameters()
@@ -238,8 +243,8 @@ def length_remark(base: Base, config: JobConfig, data: JobData) -> str | None:
     return f"max_seq_len {config.max_seq_len} is beyond the {made_for} tokens that '{base.name}' was made for; {what}"
 
 
-def _check_fits(base: Base, config: JobConfig, data: JobData) -> None:
-    """Refuse tokens and lengths that the base has no embedding for."""
+def check_fits(base: Base, config: JobConfig, data: JobData) -> None:
+    """Refuse tokens and lengths that the base has no embedding for. Raises `InputError`."""
     wordy = next((p for p in data.prompts if len(p.tokens) >= (base.max_positions or math.inf)), None)
     if wordy is not None:
         raise InputError(
@@ -247,6 +252,8 @@ def _check_fits(base: Base, config: JobConfig, data: JobData) -> None:
             f"which hold the answer too ({wordy.text[:40]!r})"
         )
     examples = (*data.train, *data.held_out)
+    if not examples:
+        return
     longest = max(examples, key=lambda e: len(e.tokens))
     if base.max_positions is not None and len(longest.tokens) > base.max_positions:
         raise InputError(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from snugtune.data.pack import collate
 from snugtune.errors import StopRequestedError
 from snugtune.model.base import Base
 from snugtune.model.generate import Sampling, generate
+from snugtune.objectives import Objective
 from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Job, quarantine
 from snugtune.training.metrics import Sample, StepMetrics
@@ -30,6 +32,8 @@ MAX_SKIPS = 10
 
 Guard = Callable[[Job], AbstractContextManager[None]]
 """What becomes of an exception in a job's own part of the work."""
+
+_OWN: Mapping[str, Objective] = MappingProxyType({})
 
 
 class Watch(Protocol):
@@ -102,24 +106,38 @@ class Trainer:
                 return reports
         return []
 
-    def forward_backward(self, queues: Mapping[str, Sequence[Chunk]]) -> dict[str, Tensor]:
-        """Accumulate the gradients of one step's chunks, given per job. Returns each job's loss (no host sync).
+    def forward_backward(
+        self,
+        queues: Mapping[str, Sequence[Chunk]],
+        sizes: Mapping[str, float] | None = None,
+        objectives: Mapping[str, Objective] | None = None,
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of chunks, given per job. Returns each job's loss (no host sync).
 
-        The chunks of a job must be all of its step: its loss is divided by their common size.
+        A job's loss is divided by its entry in `sizes`; without, its chunks must be all of its step, and it is divided by
+        their common size. `objectives`: what some jobs minimise instead of their own.
         """
-        sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
+        if sizes is None:
+            sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
         for attached in (self.jobs[name].attached for name in queues):
             if any(weight.grad is None for weight in attached.parameters()):
                 attached.zero_grad()
         losses = {name: torch.zeros((), device=self.base.device) for name in queues}
         for chunks in schedule(queues, self.plan.fused_tokens):
-            for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext()).items():
+            for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext(), objectives or {}).items():
                 losses[name] += loss
         return losses
 
-    def optim_step(self, names: Iterable[str]) -> dict[str, float]:
-        """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped."""
-        return {name: self._optim_step(self.jobs[name]) for name in names}
+    def optim_step(self, names: Iterable[str], lr: float | None = None) -> dict[str, float]:
+        """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped.
+
+        `lr`: instead of what the job's schedule says.
+        """
+        return {name: self._optim_step(self.jobs[name], lr) for name in names}
+
+    def abandon(self, name: str) -> None:
+        """Let the step that a job is in the middle of, if it is, not have happened."""
+        self._forget_turn(self.jobs[name])
 
     def _waiting(self) -> list[Waiting]:
         """The jobs whose next chunk could go next. Taking turns, the one that has begun its step ends it first:
@@ -179,7 +197,9 @@ class Trainer:
         if self.turns.pop(job.name, None) is not None:
             job.attached.drop_grad()
 
-    def _accumulate(self, chunks: Sequence[Chunk], sizes: Mapping[str, float], guard: Guard) -> dict[str, Tensor]:
+    def _accumulate(
+        self, chunks: Sequence[Chunk], sizes: Mapping[str, float], guard: Guard, objectives: Mapping[str, Objective] = _OWN
+    ) -> dict[str, Tensor]:
         """Forward and backward of one batch, at most one chunk a job. Returns the jobs' losses, but of those that failed.
 
         Each job's head and objective go forward and backward by themselves; what the base goes back through together is
@@ -193,9 +213,10 @@ class Trainer:
             gradient = torch.zeros_like(hidden)
             for chunk, segment in zip(chunks, batch.segments, strict=True):
                 job = self.jobs[chunk.job]
+                objective = objectives.get(job.name, job.objective)
                 with guard(job):
                     states = _states(hidden.detach(), chunk, segment).requires_grad_()
-                    loss = job.objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
+                    loss = objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
                     (loss if job.scaler is None else job.scaler.scale(loss)).backward()
                     assert states.grad is not None
                     gradient[segment.tokens].index_add_(0, chunk.rows.to(gradient.device), states.grad)
@@ -252,6 +273,25 @@ class Trainer:
             self.base.model.train(training)
         return total / size, sum(len(c.rows) for c in chunks)
 
+    def logprobs(self, chunks: Sequence[Chunk], training: bool = False) -> list[Tensor]:
+        """Log probabilities of each chunk's targets, [n] each, without gradients.
+
+        `training`: those that a forward for training has, with its dropout and noise.
+        """
+        before = self.base.model.training
+        self.base.model.train(training)
+        try:
+            with torch.no_grad():
+                return [self._logprobs(chunk) for chunk in chunks]
+        finally:
+            self.base.model.train(before)
+
+    def _logprobs(self, chunk: Chunk) -> Tensor:
+        batch = self._collated([chunk])
+        with self.base.routed(batch):
+            states = _states(self.base.hidden(batch), chunk, batch.segments[0])
+            return self.base.head.for_segment(batch.segments[0]).logprobs(states, chunk.targets.to(states.device))
+
     def samples(self, metrics: StepMetrics) -> list[Sample]:
         """What the job answers at this step to its prompts, straight from the training weights, where that is due."""
         job = self.jobs[metrics.job]
@@ -262,9 +302,9 @@ class Trainer:
         pairs = enumerate(zip(job.data.prompts, answers, strict=True))
         return [Sample(job.name, metrics.step, index, prompt.text, answer) for index, (prompt, answer) in pairs]
 
-    def _optim_step(self, job: Job) -> float:
+    def _optim_step(self, job: Job, lr: float | None = None) -> float:
         for group in job.optimizer.param_groups:
-            group["lr"] = job.lr()
+            group["lr"] = job.lr() if lr is None else lr
         if job.scaler is not None:
             job.scaler.unscale_(job.optimizer)
         limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
