@@ -185,9 +185,10 @@ class Base:
         self.model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputed)
 
     def rows_are_independent(self, most: int) -> bool:
-        """Whether rows of this base's products keep their bits among others, up to `most` rows at once."""
-        shapes = {FrozenLinear.shape_of(self.model.get_submodule(name)) for name in self.linear_names}
-        return proofs.rows_are_independent(shapes, self.dtype, self.device, most)
+        """Whether rows of a forward keep their bits among others, up to `most` at once. Each job's head has its own rows."""
+        projections = (self.head.project, getattr(self.head.project, "frozen", None))
+        shared = (name for name in self.linear_names if self.model.get_submodule(name) not in projections)
+        return proofs.rows_are_independent(self.model, shared, most)
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[None]:
