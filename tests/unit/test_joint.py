@@ -3,8 +3,9 @@
 Claimed for widths whose rows begin on 64 bytes; for others the probe at the start of a run says no, and jobs take turns.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,15 @@ import pytest
 import torch
 
 from conftest import tiny_base
-from joint import JOBS, STEPS, End, Run, alone, running, together, unlike
+from joint import JOBS, STEPS, End, alone, running, together, unlike
 from quantised import loaded, plan_of, saved
 from snugtune.config import to_config
-from snugtune.methods.lora import LoraAttached
 from snugtune.model import proofs
 from snugtune.model.base import Base
 from snugtune.run import train
-from snugtune.training import trainer as trainer_module
 from snugtune.training.job import Job
 from snugtune.training.trainer import Trainer
-from snugtune.types import Chunk, Plan
+from snugtune.types import Plan
 
 DEPTH = {"num_hidden_layers": 4, "intermediate_size": 128}
 EXECUTIONS = {"interleaved": 0, "fused, little room": 64, "fused": 512}
@@ -175,7 +174,7 @@ class LeaksARow(Trainer):
     def _accumulate(self, chunks: Any, sizes: Any, guard: Any) -> Any:
         losses = super()._accumulate(chunks, sizes, guard)
         flats = [self.jobs[chunk.job].attached.parameters()[0].grad for chunk in chunks]
-        for one, other in zip(flats, flats[1:], strict=False):
+        for one, other in pairwise(flats):
             assert one is not None and other is not None
             one[-1] += other.abs().max() / 1000
         return losses
@@ -253,3 +252,30 @@ def test_weights_change_the_order_alone(stages: Stages) -> None:
             assert unlike(run.ends(), truth) == {}
         orders.append(order)
     assert orders[0] != orders[1]
+
+
+def _line(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a step's metrics is no measurement."""
+    return {k: v for k, v in metrics.items() if k not in ("tokens_per_second", "peak_memory")}
+
+
+def test_a_neighbours_length_does_not_cut_a_jobs_chunks(tmp_path: Path, model_folder: Path) -> None:
+    """By the whole road: the plan is made from all jobs, but each step of "a" is cut in two as it is alone."""
+    data = tmp_path / "a.jsonl"
+    data.write_text(
+        "".join(f'{{"text": "{" ".join(["word", "other"][i % 2] * (1 + i % 7) for _ in range(9))}"}}\n' for i in range(24))
+    )
+    a = {"name": "a", "max_seq_len": 32, "batch_size": 24}
+
+    def adapter(name: str, *jobs: dict[str, Any]) -> tuple[bytes, list[dict[str, Any]]]:
+        fields = {"model": str(model_folder), "data": str(data), "objective": "clm", "steps": 2, "optimizer": {"lr": 1e-2}}
+        plan = {"weights": "fp32"}
+        ended = train(to_config(fields | {"plan": plan, "output": str(tmp_path / name), "jobs": list(jobs)}))
+        metrics = [_line(m) for m in ended.metrics if m["job"] == "a"]
+        return (ended.artefacts["a"] / "adapter_model.safetensors").read_bytes(), metrics
+
+    truth = adapter("alone", a)
+    assert truth[1][0]["tokens"] > 512, "one chunk would tell nothing"
+    for length in (32, 100):
+        b = {"name": "b", "max_seq_len": length, "batch_size": 3}
+        assert adapter(f"beside {length}", a, b) == truth
