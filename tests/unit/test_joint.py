@@ -18,10 +18,11 @@ from quantised import loaded, plan_of, saved
 from snugtune.config import to_config
 from snugtune.model import proofs
 from snugtune.model.base import Base
+from snugtune.model.routed import RoutedFunction, Router
 from snugtune.run import train
 from snugtune.training.job import Job
 from snugtune.training.trainer import Trainer
-from snugtune.types import Plan
+from snugtune.types import Plan, Segment
 
 DEPTH = {"num_hidden_layers": 4, "intermediate_size": 128}
 EXECUTIONS = {"interleaved": 0, "fused, little room": 64, "fused": 512}
@@ -200,11 +201,42 @@ def test_a_leak_is_found(wrong: type[Trainer], stages: Stages) -> None:
     assert unlike(together(base, plan, jobs, wrong), truth) != {}
 
 
-def test_rows_of_odd_widths_are_not_independent() -> None:
-    """Kernels take what is left over at the end of a tensor by itself, so that a row's place counts."""
+def test_rows_that_begin_anywhere_are_not_independent() -> None:
     assert tiny_base(**DEPTH).rows_are_independent(512)
-    assert not tiny_base(intermediate_size=80).rows_are_independent(512)  # the activation's kernel
     assert not tiny_base(hidden_size=60, head_dim=20, num_attention_heads=3, num_key_value_heads=1).rows_are_independent(64)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "phi3", "opt"])
+def test_activation_functions_are_taken_by_segments(arch: str) -> None:
+    """Of widths that leave numbers over, which torch's kernels round otherwise: 80 is 2 1/2 times what they take at once."""
+    wide = {"gpt2": {"n_inner": 80}, "opt": {"ffn_dim": 80}}.get(arch, {"intermediate_size": 80})
+    jobs = {f"job-{j}": {"lengths": (17 + 2 * j, 9, 21), "seed": j, "steps": 2} for j in range(3)}
+    base, plan = tiny_base(arch, **wide), plan_of("fp32")
+    assert base.rows_are_independent(64)
+    assert unlike(together(base, replace(plan, fused_tokens=512), jobs), alone(base, plan, jobs)) == {}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_function_shares_out_a_segments_rows_as_if_alone(threads: int) -> None:
+    """Forth and back; torch's kernels give each thread a part of the whole tensor, wherever that ends within a row."""
+    torch.set_num_threads(threads)
+    lengths, width = (7, 33, 19), 4864
+    borders = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    segments = tuple(Segment("x", slice(a, b), 0) for a, b in pairwise(borders))
+    router = Router()
+    function = RoutedFunction(torch.nn.SiLU(), router)
+    x = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)).requires_grad_()  # with five rows of a filler
+    with router.routing(segments):
+        y = function(x)
+    y.backward(y.detach())
+    assert x.grad is not None
+    torch.testing.assert_close(y, torch.nn.functional.silu(x))
+    for a, b in pairwise(borders):
+        own = x.detach()[:, a:b].clone().requires_grad_()
+        with router.routing((Segment("x", slice(0, b - a), 0),)):
+            out = function(own)
+        out.backward(out.detach())
+        assert own.grad is not None and torch.equal(out, y[:, a:b]) and torch.equal(own.grad, x.grad[:, a:b])
 
 
 def test_products_that_depend_on_their_neighbours_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
-from snugtune.model.routed import RoutedLinear, Router
+from snugtune.model.routed import RoutedLinear, Router, route_functions
 from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
 from snugtune.types import NARROW, Batch, Plan, Segment
@@ -112,9 +112,11 @@ class Base:
         return proofs.vocab_size_of(self.model)
 
     def freeze(self) -> None:
-        """Make every linear a `FrozenLinear` and let no base weight train. Idempotent."""
+        """Make every linear a `FrozenLinear`, let functions route, and let no base weight train. Idempotent."""
         if not self.frozen:
             freeze_linears(self.model)
+            if self.apart is None:
+                route_functions(self.model, self.router)
             self.frozen = True
             if self.head.project is not None:
                 self.head.project = self.model.get_output_embeddings()
