@@ -206,14 +206,37 @@ def test_rows_that_begin_anywhere_are_not_independent() -> None:
     assert not tiny_base(hidden_size=60, head_dim=20, num_attention_heads=3, num_key_value_heads=1).rows_are_independent(64)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "phi3", "opt"])
-def test_activation_functions_are_taken_by_segments(arch: str) -> None:
-    """Of widths that leave numbers over, which torch's kernels round otherwise: 80 is 2 1/2 times what they take at once."""
-    wide = {"gpt2": {"n_inner": 80}, "opt": {"ffn_dim": 80}}.get(arch, {"intermediate_size": 80})
+class RoughAtTheEnd(torch.nn.Module):
+    """SiLU by a kernel that takes 64 numbers at a time, and what is left over otherwise: torch's do, in the last bits."""
+
+    __module__ = "transformers.activations"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = torch.arange(x.numel()).view(x.shape) >= x.numel() // 64 * 64
+        return torch.where(rest, torch.nn.functional.silu(x) * 1.001, torch.nn.functional.silu(x))
+
+
+def test_activation_functions_are_taken_by_segments() -> None:
+    """So that nobody's neighbours change where a kernel's last numbers are."""
     jobs = {f"job-{j}": {"lengths": (17 + 2 * j, 9, 21), "seed": j, "steps": 2} for j in range(3)}
-    base, plan = tiny_base(arch, **wide), plan_of("fp32")
-    assert base.rows_are_independent(64)
-    assert unlike(together(base, replace(plan, fused_tokens=512), jobs), alone(base, plan, jobs)) == {}
+    base = tiny_base(intermediate_size=80)
+    for block in base.model.get_submodule("model.layers").children():
+        block.mlp.act_fn = RoughAtTheEnd()  # pyright: ignore[reportAttributeAccessIssue]
+    for recompute in ("none", "blocks"):
+        plan = plan_of("fp32", recompute=recompute)
+        assert unlike(together(base, replace(plan, fused_tokens=512), jobs), alone(base, plan, jobs)) == {}
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "phi3", "opt", "gemma2", "neox"])
+def test_every_activation_function_is_routed(arch: str) -> None:
+    """But where jobs do not share a forward anyway."""
+    base = tiny_base(arch)
+    base.freeze()
+    routed = [m for m in base.model.modules() if isinstance(m, RoutedFunction)]
+    assert len(routed) == base.model.config.num_hidden_layers
+    apart = tiny_base("mixtral")
+    apart.freeze()
+    assert not any(isinstance(m, RoutedFunction) for m in apart.model.modules())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -90,9 +90,9 @@ class RoutedFunction(nn.Module):
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Whether `module` is an activation function, without weights and a dimension of its own."""
+        """Whether `module` is an elementwise activation function; softmax and the like have a `dim`, PReLU a weight a channel."""
         known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
-        return known and not hasattr(module, "dim") and next(module.parameters(), None) is None
+        return known and not hasattr(module, "dim") and all(p.numel() == 1 for p in module.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = self._sizes(x.shape[-2]) if x.dim() > 1 else []
