@@ -21,7 +21,7 @@ from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
-from snugtune.model.routed import RoutedLinear, Router
+from snugtune.model.routed import RoutedLinear, Router, route_functions
 from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
 from snugtune.types import NARROW, Batch, Plan, Segment
@@ -112,9 +112,11 @@ class Base:
         return proofs.vocab_size_of(self.model)
 
     def freeze(self) -> None:
-        """Make every linear a `FrozenLinear` and let no base weight train. Idempotent."""
+        """Make every linear a `FrozenLinear`, let functions route, and let no base weight train. Idempotent."""
         if not self.frozen:
             freeze_linears(self.model)
+            if self.apart is None:
+                route_functions(self.model, self.router)
             self.frozen = True
             if self.head.project is not None:
                 self.head.project = self.model.get_output_embeddings()
@@ -185,9 +187,10 @@ class Base:
         self.model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputed)
 
     def rows_are_independent(self, most: int) -> bool:
-        """Whether rows of this base's products keep their bits among others, up to `most` rows at once."""
-        shapes = {FrozenLinear.shape_of(self.model.get_submodule(name)) for name in self.linear_names}
-        return proofs.rows_are_independent(shapes, self.dtype, self.device, most)
+        """Whether rows of a forward keep their bits among others, up to `most` at once. Each job's head has its own rows."""
+        projections = (self.head.project, getattr(self.head.project, "frozen", None))
+        shared = (name for name in self.linear_names if self.model.get_submodule(name) not in projections)
+        return proofs.rows_are_independent(self.model, shared, most)
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[None]:

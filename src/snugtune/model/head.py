@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from snugtune.model.frozen import FrozenLinear
-from snugtune.model.routed import Router
+from snugtune.model.routed import RoutedLinear, Router
 from snugtune.types import MIN_ROWS, Segment
 
 
@@ -84,9 +84,16 @@ class Head:
 
         `smoothing` e: (1 - e) of the target's and e of the mean over the vocabulary.
         """
-        if isinstance(self.project, FrozenLinear):
-            return _FrozenNll.apply(h, targets, weights, self, smoothing)  # pyright: ignore[reportReturnType]
+        frozen = self._frozen()
+        if frozen is not None:
+            return _FrozenNll.apply(h, targets, weights, self, frozen, smoothing)  # pyright: ignore[reportReturnType]
         return -(self.logprobs(h, targets, smoothing) * weights).sum()
+
+    def _frozen(self) -> FrozenLinear | None:
+        """The projection, where it is frozen and these rows meet no adapter in it; others' jobs may have theirs there."""
+        adapted = isinstance(self.project, RoutedLinear) and (self.segment is None or self.segment.job in self.project.slots)
+        layer = self.project.frozen if isinstance(self.project, RoutedLinear) and not adapted else self.project
+        return layer if isinstance(layer, FrozenLinear) else None
 
     def logprobs(self, h: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Log probability of each target: [n], fp32. Any head, training or adapted; chunks are recomputed in backward."""
@@ -120,9 +127,10 @@ class _FrozenNll(torch.autograd.Function):
     """The same sum for a frozen head, in one pass: dh is made while the logits are there, and they are not kept."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, targets: Tensor, weights: Tensor, head: Head, smoothing: float) -> Tensor:
-        layer, shape = head.project, head.shape
-        assert isinstance(layer, FrozenLinear)
+    def forward(
+        ctx: Any, h: Tensor, targets: Tensor, weights: Tensor, head: Head, layer: FrozenLinear, smoothing: float
+    ) -> Tensor:
+        shape = head.shape
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for start in range(0, len(h), head.rows_at_once):
@@ -146,7 +154,7 @@ class _FrozenNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dh,) = ctx.saved_tensors
         # In fp32: 1 / (step size) rounded to bf16 would scale every gradient by up to 0.4 %.
-        return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None, None
+        return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None, None, None

@@ -4,8 +4,9 @@ Every function looks at a model in its native attention and leaves it as it was.
 hidden states, or None. Shapes: T tokens of a row, D model width, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from snugtune.errors import SnugtuneError
 from snugtune.model import attention
+from snugtune.model.frozen import FrozenLinear
 from snugtune.model.head import Logits
 from snugtune.types import MIN_ROWS, Batch
 
@@ -23,6 +25,8 @@ _ROW_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hybrid", "chunked_attention")
 # Packed against separate: the relative L2 difference of hidden states that rounding alone explains, by dtype.
 _PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+
+_ALIGNED = 64  # bytes
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
@@ -99,26 +103,38 @@ def obstacle_to_sharing(config: PretrainedConfig) -> str | None:
     return _obstacle_in(config)
 
 
-def rows_are_independent(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device, most: int) -> bool:
-    """Whether a row of a matrix product has the same bits wherever it stands among how many others, from `MIN_ROWS` to `most`.
+def rows_are_independent(model: PreTrainedModel, names: Iterable[str], most: int) -> bool:
+    """Whether a row has the same bits wherever it stands among how many others, from `MIN_ROWS` to `most`.
 
-    `shapes`: [out, in] of the weights. That is a property of this machine's library and its number of threads; it is tried on
-    random numbers, forth and back.
+    In the products of the linears `names`. That is a property of this machine's library and its number of threads: it is
+    tried on random numbers, forth and back. And of widths: products take rows that begin at odd addresses in another way.
     """
+    dtype, device = dtype_of(model), model.device
+    shapes = sorted({FrozenLinear.shape_of(model.get_submodule(name)) for name in names})
+    if any(width * dtype.itemsize % _ALIGNED for shape in shapes for width in shape):
+        return False
     generator = torch.Generator().manual_seed(0)
-    counts = sorted({MIN_ROWS, MIN_ROWS + 1, 61, most // 3, most // 2} & set(range(MIN_ROWS, most + 1)))
-    for out, into in sorted(set(shapes)):
+
+    def rows(width: int) -> Tensor:
+        return torch.randn(most, width, generator=generator).to(device, dtype)
+
+    for out, into in shapes:
         weight = torch.randn(out, into, generator=generator).to(device, dtype)
-        for x, w in (
-            (torch.randn(most, into, generator=generator), weight.t()),
-            (torch.randn(most, out, generator=generator), weight),
-        ):
-            x = x.to(device, dtype)
-            whole = x @ w
-            for count in counts:
-                parts = [slice(0, count), slice(most - count, most), slice((most - count) // 2, (most - count) // 2 + count)]
-                if any(not torch.equal(x[part].clone() @ w, whole[part]) for part in parts):
-                    return False
+        forth, back = partial(torch.matmul, other=weight.t()), partial(torch.matmul, other=weight)
+        if not (_same_bits(forth, rows(into)) and _same_bits(back, rows(out))):
+            return False
+    return True
+
+
+def _same_bits(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether rows [most, n] give the same when they come in parts, at whatever place."""
+    most, whole = len(x), function(x)
+    counts = {MIN_ROWS, MIN_ROWS + 1, 61, most // 3, most // 2} & set(range(MIN_ROWS, most + 1))
+    for count in sorted(counts):
+        for start in (0, most - count, (most - count) // 2):
+            part = slice(start, start + count)
+            if not torch.equal(function(x[part].clone()), whole[part]):
+                return False
     return True
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,6 +76,39 @@ class RoutedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class RoutedFunction(nn.Module):
+    """An elementwise function, taken of each segment's rows by themselves.
+
+    Kernels share a tensor out among threads and work on several numbers at a time; what is left over at the end of a share
+    goes another way, which may round otherwise (torch's SiLU). Alone or not, the same rows are shared out in the same way.
+    """
+
+    def __init__(self, function: nn.Module, router: Router):
+        super().__init__()
+        self.function = function
+        self.router = router
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether `module` is an elementwise activation function; softmax and the like have a `dim`, PReLU a weight a channel."""
+        known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
+        return known and not hasattr(module, "dim") and all(p.numel() == 1 for p in module.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = self._sizes(x.shape[-2]) if x.dim() > 1 else []
+        if len(sizes) < 2:
+            return self.function(x)
+        return torch.cat([self.function(part) for part in x.split(sizes, dim=-2)], dim=-2)
+
+    def _sizes(self, rows: int) -> list[int]:
+        """Of the segments, and of the filler behind them; [] where these are not the batch's rows."""
+        stops = [segment.tokens.stop for segment in self.router.segments]
+        if None in stops or not stops or stops[-1] > rows:
+            return []
+        borders = [0, *stops] if stops[-1] == rows else [0, *stops, rows]
+        return [end - start for start, end in pairwise(borders)]
+
+
 @dataclass(frozen=True)
 class _Mask:
     """A dropout mask as a recipe: a pure function of (chunk seed, site), drawn again in recompute and in backward."""
@@ -127,3 +161,11 @@ class _Lora(torch.autograd.Function):
 
 def _drop(x: Tensor, mask: _Mask | None) -> Tensor:
     return x if mask is None else mask.apply(x)
+
+
+def route_functions(model: nn.Module, router: Router) -> None:
+    """Put a `RoutedFunction` in the place of every activation function of `model`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if RoutedFunction.takes(child):
+                setattr(parent, name, RoutedFunction(child, router))

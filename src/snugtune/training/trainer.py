@@ -7,8 +7,8 @@ a job's step is through, that job clips its own norm, is skipped alone if that i
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -70,6 +70,7 @@ class Trainer:
         self.jobs: dict[str, Job] = {}
         self.turns: dict[str, _Turn] = {}  # of the jobs in the middle of a step
         self.tokens, self.seconds = 0, 0.0  # of all jobs' training so far
+        self._reports: list[StepMetrics] = []  # of steps that are done, where an exception came between
         base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
 
     def add(self, job: Job) -> None:
@@ -93,18 +94,29 @@ class Trainer:
         """Work until at least one job has completed an optimizer step; [] when none has any left to do.
 
         A job whose own data, objective or optimizer raises is given up: its `failure` says why, its `error` is what it
-        raised. Raises `StopRequestedError` between two batches; the steps under way are taken up where they were.
+        raised. Raises `StopRequestedError` between two batches; the steps under way are taken up where they were. After
+        whatever else it raises (a base's disk that fails, memory that is short), steps that it broke into begin anew.
         """
-        while waiting := self._waiting():
-            started = time.perf_counter()
-            names = next_batch(waiting, self.plan.fused_tokens)
-            self._run(names)
-            complete = [self.jobs[name] for name in names if name in self.turns and self._is_through(name)]
-            steps = [(job, self._step_of(job)) for job in complete]
-            self.seconds += time.perf_counter() - started
-            if reports := [self._report(job, norm) for job, norm in steps if norm is not None]:
+        while True:
+            for job in [self.jobs[name] for name in self.turns if self._is_through(name)]:
+                with self._clock():
+                    norm = self._step_of(job)
+                if norm is not None:
+                    self._reports.append(self._report(job, norm))
+            if self._reports:
+                reports, self._reports = self._reports, []
                 return reports
-        return []
+            waiting = self._waiting()
+            if not waiting:
+                return []
+            with self._clock():
+                self._run(next_batch(waiting, self.plan.fused_tokens))
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
 
     def forward_backward(
         self,
@@ -231,11 +243,13 @@ class Trainer:
     def _step_of(self, job: Job) -> float | None:
         """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed."""
         norm = None
-        with quarantine(job):
-            norm = self._optim_step(job)
-        job.attached.drop_grad()
-        if norm is None:
-            self._forget_turn(job)
+        try:
+            with quarantine(job):
+                norm = self._optim_step(job)
+        finally:
+            job.attached.drop_grad()
+            if norm is None:
+                self._forget_turn(job)
         return norm
 
     def start_metrics(self) -> list[StepMetrics]:
