@@ -1,11 +1,14 @@
 """A run in progress: what it holds between its steps, where it reports to, and what it leaves of a finished job."""
 
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from snugtune.config import RunConfig
-from snugtune.errors import StorageError
+from snugtune.errors import SnugtuneError, StorageError
 from snugtune.files import whole_folder
 from snugtune.folder import RunFolder
 from snugtune.memory.plan import Planned
@@ -15,10 +18,12 @@ from snugtune.training.job import Ended, Job, quarantine
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW
-from snugtune.words import counted
+from snugtune.words import counted, one_line
 
 AUTO_CHECKPOINTS = 10
 """Checkpoints in a run that does not say how often."""
+STATUS_SECONDS = 1.0
+"""Between two writes of `jobs.json`, while no job ends."""
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Session:
     saved: tuple[int, frozenset[str]] | None = None  # the newest checkpoint: its step, and the jobs that go on
     held_back: list[StepMetrics] = field(default_factory=list)  # of parked jobs: evaluated once their disk takes it
     looked: int = 0  # the step at which one was last thought of
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # what jobs.json says
+    told_at: tuple[float, int, int] = (0.0, 0, 0)  # when, and how many jobs had ended or were parked then
 
     @property
     def step(self) -> int:
@@ -106,6 +113,7 @@ class Session:
                 note(f"given up: {job.failure}")
             if job.error is not None:
                 self.errors[job.name] = job.error
+                _drop_locals(job.error)
             self.ended.append(Ended.of(job))
             self.trainer.remove(job.name)
 
@@ -114,6 +122,7 @@ class Session:
         if not isinstance(job.error, StorageError):
             return False
         self.parked[job.name], job.paused = job.error, True
+        _drop_locals(job.error)
         job.failure = job.error = None
         note(f"{job.name}: waits as it is, the others go on: {self.parked[job.name]}")
         return True
@@ -137,6 +146,42 @@ class Session:
         if job.best is not None and job.untuned is not None and job.best.eval_loss >= job.untuned:
             note(f"{job.name}: no evaluation was better than the untuned model's, {job.untuned:.4f}; try a lower optimizer.lr")
         _save_artefact(self, job)
+
+    def statuses(self) -> dict[str, dict[str, Any]]:
+        """Job -> how it stands: `status` (waiting, training, finished, stopped early, failed, parked), `step`, `total_steps`;
+
+        `reason` where it failed or is parked, and `traceback` where that was a bug.
+        """
+        jobs = {job.name: job for job in self.all_jobs}
+        return {name: self._status(jobs[name]) for name in (config.name for config in self.config.resolved_jobs())}
+
+    def _status(self, job: Job | Ended) -> dict[str, Any]:
+        told: dict[str, Any] = {"status": "training" if job.step else "waiting", "step": job.step, "total_steps": job.total}
+        if job.name in self.parked:
+            return told | {"status": "parked", "reason": one_line(str(self.parked[job.name]))}
+        if isinstance(job, Ended) and job.failure is None:
+            return told | {"status": "finished" if job.step == job.total else "stopped early"}
+        if job.failure is not None:
+            told |= {"status": "failed", "reason": one_line(job.failure.removeprefix(f"job '{job.name}': "))}
+            error, before = self.errors.get(job.name), self.told.get(job.name, {})
+            if error is not None and not isinstance(error, SnugtuneError):
+                told["traceback"] = "".join(traceback.format_exception(error))
+            elif "traceback" in before and before.get("reason") == told["reason"]:
+                told["traceback"] = before["traceback"]  # of the process that this one goes on for
+        return told
+
+    def tell(self, at_once: bool = False) -> dict[str, str]:
+        """Keep `jobs.json` up to date. Returns job -> status of those that have another one now.
+
+        It is written when a job has ended or is parked, else not more often than every so many seconds.
+        """
+        now, ended, parked = time.monotonic(), len(self.ended), len(self.parked)
+        if not at_once and self.told_at[1:] == (ended, parked) and now - self.told_at[0] < STATUS_SECONDS:
+            return {}
+        before, self.told, self.told_at = self.told, self.statuses(), (now, ended, parked)
+        with suppress(StorageError):  # a full disk is told of where it costs something
+            self.folder.write_jobs(self.told)
+        return {name: job["status"] for name, job in self.told.items() if job["status"] != before.get(name, {}).get("status")}
 
     def reported(self) -> dict[str, int]:
         """Job -> the last step whose metrics are final."""
@@ -177,6 +222,18 @@ class Logs:
         self.metrics.close()
         if self.samples is not None:
             self.samples.close()
+
+
+def _drop_locals(error: Exception) -> None:
+    """Leave an error its traceback without the values in its frames: they would keep a job's memory."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            todo += [one.__cause__, one.__context__]
 
 
 def _save_artefact(session: Session, job: Job) -> None:
