@@ -117,7 +117,9 @@ class RunFolder:
         return {name: job for name, job in found.items() if isinstance(job, dict)}
 
     def write_jobs(self, statuses: Mapping[str, Mapping[str, Any]]) -> None:
-        write_whole(self.jobs, json.dumps(statuses, indent=2) + "\n")
+        """One line a job; there may be thousands, and it is written often."""
+        lines = (f"  {json.dumps(name)}: {json.dumps(job)}" for name, job in statuses.items())
+        write_whole(self.jobs, "{\n" + ",\n".join(lines) + "\n}\n")
 
     def read_kept(self) -> Kept:
         """How the run kept its frozen weights. Raises `InputError` for what no run has written."""

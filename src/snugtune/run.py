@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from snugtune.config import JobConfig, RunConfig
+from snugtune.data.cache import tokenizer_identity
 from snugtune.errors import (
     DivergedError,
     InputError,
@@ -229,8 +230,9 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     planned = _proved(planned, base, config.plan.execution == "fused", observer)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
     session = Session(config, folder, planned, trainer)
+    identity = tokenizer_identity(base.tokenizer)
     for job_config in config.resolved_jobs():
-        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note)
+        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)
         for remark in data.remarks:
             observer.note(f"data ({job_config.name}): {remark}")
         session.data[job_config.name] = data.summary()

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from snugtune.config import RunConfig
@@ -24,6 +25,8 @@ AUTO_CHECKPOINTS = 10
 """Checkpoints in a run that does not say how often."""
 STATUS_SECONDS = 1.0
 """Between two writes of `jobs.json`, while no job ends."""
+STATUS_SHARE = 0.05
+"""Of the time that may be spent on it, while many jobs end one after the other."""
 
 
 @dataclass
@@ -43,7 +46,9 @@ class Session:
     held_back: list[StepMetrics] = field(default_factory=list)  # of parked jobs: evaluated once their disk takes it
     looked: int = 0  # the step at which one was last thought of
     told: dict[str, dict[str, Any]] = field(default_factory=dict)  # what jobs.json says
-    told_at: tuple[float, int, int] = (0.0, 0, 0)  # when, and how many jobs had ended or were parked then
+    told_at: float = 0.0  # when
+    told_of: tuple[int, int] = (0, 0)  # how many jobs had ended or were parked then
+    telling: float = 0.0  # seconds that it took
 
     @property
     def step(self) -> int:
@@ -64,10 +69,15 @@ class Session:
 
     def save_is_due(self) -> bool:
         """Whether each job that trains has done, on average, as many steps as lie between two checkpoints."""
-        every = self.config.checkpoint_every or max(1, -(-max(j.total for j in self.all_jobs) // AUTO_CHECKPOINTS))
+        every = self.config.checkpoint_every or max(1, -(-self._longest // AUTO_CHECKPOINTS))
         every *= max(1, len(self.trainer.jobs))
         before, self.looked = self.looked, self.step
-        return self.step // every > before // every
+        return self.looked // every > before // every
+
+    @cached_property
+    def _longest(self) -> int:
+        """Steps of the longest job."""
+        return max(job.total for job in self.all_jobs)
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last whole step, unless there is one."""
@@ -173,14 +183,17 @@ class Session:
     def tell(self, at_once: bool = False) -> dict[str, str]:
         """Keep `jobs.json` up to date. Returns job -> status of those that have another one now.
 
-        It is written when a job has ended or is parked, else not more often than every so many seconds.
+        It is written when a job has ended or is parked, else every so many seconds; of many jobs more seldom.
         """
-        now, ended, parked = time.monotonic(), len(self.ended), len(self.parked)
-        if not at_once and self.told_at[1:] == (ended, parked) and now - self.told_at[0] < STATUS_SECONDS:
+        began, of = time.monotonic(), (len(self.ended), len(self.parked))
+        pause = STATUS_SECONDS if of == self.told_of else 0.0
+        if not at_once and began - self.told_at < max(pause, self.telling / STATUS_SHARE):
             return {}
-        before, self.told, self.told_at = self.told, self.statuses(), (now, ended, parked)
+        before, self.told, self.told_of = self.told, self.statuses(), of
         with suppress(StorageError):  # a full disk is told of where it costs something
             self.folder.write_jobs(self.told)
+        self.told_at = time.monotonic()
+        self.telling = self.told_at - began
         return {name: job["status"] for name, job in self.told.items() if job["status"] != before.get(name, {}).get("status")}
 
     def reported(self) -> dict[str, int]:
