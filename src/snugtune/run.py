@@ -229,7 +229,7 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
     base = _load(source, planned, checkpoint, config, observer)
     planned = _proved(planned, base, config.plan.execution == "fused", observer)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
-    session = Session(config, folder, planned, trainer)
+    session = Session(config, folder, planned, trainer, told=folder.read_jobs())
     identity = tokenizer_identity(base.tokenizer)
     for job_config in config.resolved_jobs():
         data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)

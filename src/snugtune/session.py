@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 from snugtune.config import RunConfig
@@ -176,7 +177,7 @@ class Session:
             error, before = self.errors.get(job.name), self.told.get(job.name, {})
             if error is not None and not isinstance(error, SnugtuneError):
                 told["traceback"] = "".join(traceback.format_exception(error))
-            elif "traceback" in before and before.get("reason") == told["reason"]:
+            elif isinstance(before.get("traceback"), str) and before.get("reason") == told["reason"]:
                 told["traceback"] = before["traceback"]  # of the process that this one goes on for
         return told
 
@@ -238,15 +239,24 @@ class Logs:
 
 
 def _drop_locals(error: Exception) -> None:
-    """Leave an error its traceback without the values in its frames: they would keep a job's memory."""
+    """Leave an error its traceback without the values in its frames, and in those that called them: they keep jobs' memory."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
         one = todo.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
+            for frame, _ in traceback.walk_tb(one.__traceback__):
+                _clear(frame)
             todo += [one.__cause__, one.__context__]
+
+
+def _clear(frame: FrameType | None) -> None:
+    """Empty a frame and its callers, up to one that still runs."""
+    with suppress(RuntimeError):  # it runs
+        while frame is not None:
+            frame.clear()
+            frame = frame.f_back
 
 
 def _save_artefact(session: Session, job: Job) -> None:
