@@ -172,7 +172,8 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
         raise bugs[0]
     if waiting:
         raise StorageError("; ".join([*failures, *waiting]))
-    kind = JobFailedError if session.errors else DivergedError
+    diverged = not session.errors and all(job in session.ended[session.earlier :] for job in given_up)  # else nobody knows
+    kind = DivergedError if diverged else JobFailedError
     raise kind("; ".join(failures))
 
 
@@ -251,7 +252,7 @@ def prepare(config: RunConfig, observer: Observer, stop: threading.Event) -> Ses
         session.pending = trainer.start_metrics()
     else:
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
-        session.saved = session.step, frozenset(trainer.jobs)
+        session.saved, session.earlier = (session.step, frozenset(trainer.jobs)), len(session.ended)
         observer.note(f"resuming after {session.place}")
     return session
 

@@ -201,15 +201,16 @@ def test_nothing_else_to_show_of_a_single_job(tmp_path: Path, model_folder: Path
 # --- the disk refuses one job -----------------------------------------------------------------------------------------
 
 
-def occupied(path: Path) -> Path:
-    """A link to nowhere: a folder cannot take its place."""
-    path.parent.mkdir(exist_ok=True)
+def a_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def a_link_to_nowhere(path: Path) -> None:
     path.symlink_to("nowhere")
-    return path
 
 
-@pytest.mark.parametrize("where", ["adapters/wide", "checkpoints/best-wide"])
-def test_the_disk_refuses_one_job(tmp_path: Path, model_folder: Path, where: str) -> None:
+@pytest.mark.parametrize(("where", "occupy"), [("adapters/wide", a_file), ("checkpoints/best-wide", a_link_to_nowhere)])
+def test_the_disk_refuses_one_job(tmp_path: Path, model_folder: Path, where: str, occupy: Callable[[Path], None]) -> None:
     """It waits as it is, and the others end; once the disk takes it, the same command finishes it, and trains nothing twice."""
     wide = WIDE | {"keep_best": True, "eval_every": 2}
     truth, place = new(tmp_path / "truth"), new(tmp_path / "place")
@@ -217,9 +218,11 @@ def test_the_disk_refuses_one_job(tmp_path: Path, model_folder: Path, where: str
         write_run(folder, model_folder, [LONG, wide, SHORT], checkpoint_every=1)
     assert run(truth).code == 0
     assert run(place, Trouble(signal.SIGTERM, after_lines=4)).code == 130
-    link = occupied(place / "run" / where)
+    in_the_way = place / "run" / where
+    in_the_way.parent.mkdir(exist_ok=True)
+    occupy(in_the_way)
     ran = run(place)
-    assert_refused(ran, "cannot write", where, "run again")
+    assert_refused(ran, "cannot write", where, "not a directory", "run again")
     assert "wide: waits as it is, the others go on" in ran.err
     assert told(place) == {"long": "finished", "wide": "parked", "short": "finished"}
     assert where in statuses(place)["wide"]["reason"]
@@ -227,7 +230,8 @@ def test_the_disk_refuses_one_job(tmp_path: Path, model_folder: Path, where: str
     assert {name: adapters(truth)[name] for name in ("long", "short")} == adapters(place)
     assert "parked, at step" in (place / "run/report.html").read_text(encoding="utf-8")
     since = {name: (place / "run/adapters" / name).stat().st_mtime_ns for name in adapters(place)}
-    link.unlink()
+    assert in_the_way.is_symlink() or in_the_way.read_text() == "mine"
+    in_the_way.unlink()
     ran = run(place)
     assert ran.code == 0, ran.err
     assert set(told(place).values()) == {"finished"}
