@@ -1,7 +1,9 @@
 """The run's config: aggregates the components' own configs, reads YAML, applies overrides, explains mistakes."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -268,6 +270,8 @@ class PlanConfig(Config):
 class RunConfig(JobFields):
     """One run: a base, its jobs, and where the results go."""
 
+    parts: ClassVar[dict[str, type[JobFields]]] = {"jobs": JobConfig}  # lists of what has fields that do not stand here
+
     model: str = Field(min_length=1, description="hub id, local folder, .gguf file, or 'demo'")
     output: str = Field(min_length=1, description="folder of the run's results")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train")
@@ -290,8 +294,7 @@ class RunConfig(JobFields):
     @model_validator(mode="after")
     def _jobs_are_sound(self) -> "RunConfig":
         jobs = self.resolved_jobs()
-        names = [job.name for job in jobs]
-        repeated = sorted({n for n in names if names.count(n) > 1})
+        repeated = sorted(name for name, count in Counter(job.name for job in jobs).items() if count > 1)
         if repeated:
             raise ValueError(f"jobs: the name '{repeated[0]}' is given twice")
         for job in jobs:
@@ -301,6 +304,11 @@ class RunConfig(JobFields):
 
     def resolved_jobs(self) -> tuple[JobConfig, ...]:
         """The jobs of this run, complete: the top-level fields overlaid with each entry of `jobs`."""
+        return self._resolved
+
+    @cached_property
+    def _resolved(self) -> tuple[JobConfig, ...]:
+        """There may be a thousand, and they are asked for often."""
         shared = {name: getattr(self, name) for name in JobFields.model_fields}
         if not self.jobs:
             try:

@@ -216,6 +216,9 @@ def _unknown_field(place: _Place, key: str, near: str | None, root: type[BaseMod
         return f"{text}; it stands at the top level, not in {place.name}"
     if key in whole.model_fields and key not in root.model_fields:
         return f"{text} of a job; it is the whole run's: give it once, at the top level"
+    part = next((name for name, kind in getattr(own, "parts", {}).items() if key in kind.model_fields), None)
+    if part is not None:
+        return f"{text} of a whole run; it belongs into an entry of '{part}'"
     groups = (name for name, field in root.model_fields.items() if _fields(list(_alternatives(field.annotation)), key))
     if not place.name and (group := next(groups, None)):
         return f"{text}; did you mean '{group}.{key}'?"

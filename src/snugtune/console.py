@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import track as rich_track
 from rich.table import Column, Table
 from rich.text import Text
@@ -16,12 +25,14 @@ from rich.text import Text
 from snugtune.errors import InputError
 from snugtune.run import RunResult
 from snugtune.training.job import Job
-from snugtune.training.metrics import StepMetrics, mean_ends, steps_of_mean
+from snugtune.training.metrics import StepMetrics, by_job, mean_ends, steps_of_mean
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: a line at least this often, and at each evaluation."""
 UNBOUNDED = 10_000
 """Columns of what is no terminal: nothing is wrapped or cut there."""
+LEFT = {"finished": "done", "stopped early": "stopped", "failed": "failed", "parked": "parked"}
+"""What a job's line says once it takes no part any more: no wider than a loss."""
 LONGEST_NAME, WIDEST_BAR, NARROWEST_BAR = 24, 28, 8
 FACTS = (0, 11, 24, 35)
 """Columns that the first so many facts of a step take: loss, speed, memory."""
@@ -107,7 +118,7 @@ class Console:
 
     def begin(self, jobs: Sequence[Job]) -> None:
         self._began = {job.name: (time.monotonic(), job.step) for job in jobs}
-        if not self.err.is_terminal:
+        if not (self.err.is_terminal and jobs):  # none: all had ended before the run was interrupted
             return
         names = {job.name: shortened(job.name, max(8, min(LONGEST_NAME, self.err.width // 5))) for job in jobs}
         count = max(2 * len(str(job.total)) + 1 for job in jobs)
@@ -119,12 +130,24 @@ class Console:
             TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
             *([TimeElapsedColumn()] if self._layout.elapsed else []),
             TextColumn("eta"),
-            TimeRemainingColumn(),
+            _Eta(),
         ]
         self._progress = Progress(*columns, console=self.err)
         for job in jobs:
             self._tasks[job.name] = self._progress.add_task(names[job.name], total=job.total, completed=job.step, facts="")
         self._progress.start()
+
+    def status(self, job: str, status: str) -> None:
+        """Say on the job's line how it ended; there is nothing left to wait for."""
+        if self._progress is None or status not in LEFT or job not in self._tasks:
+            return
+        self._progress.update(self._tasks[job], facts=LEFT[status] if self._layout.facts else "", visible=not self._crowded)
+        self._progress.stop_task(self._tasks[job])
+
+    @property
+    def _crowded(self) -> bool:
+        """Whether there are more lines than the terminal has: then those that are done make room."""
+        return len(self._tasks) > self.err.height - 2
 
     def step(self, metrics: StepMetrics) -> None:
         if metrics.eval_loss is not None:
@@ -132,12 +155,11 @@ class Console:
         if metrics.skipped:
             self.note(f"{metrics.job}: step {metrics.step} skipped, its gradient was not finite")
         if self._progress is not None:
-            crowded = len(self._tasks) > self.err.height - 2  # then those that are done make room
             self._progress.update(
                 self._tasks[metrics.job],
                 completed=metrics.step,
                 facts=step_facts(metrics, self._layout.facts),
-                visible=not crowded or metrics.step < metrics.total_steps,
+                visible=not self._crowded or metrics.step < metrics.total_steps,
             )
         elif metrics.loss is not None and self._line_due(metrics):
             told = f"{step_facts(metrics)}  eta {self._left(metrics):.0f} s"
@@ -166,26 +188,37 @@ class Console:
 
     def results(self, result: RunResult) -> None:
         """A table of the jobs and where everything lies."""
-        lines = {job: [m for m in result.metrics if m["job"] == job] for job in result.artefacts}
+        found = by_job(result.metrics)
+        lines = {job: found.get(job, []) for job in (*result.statuses, *result.artefacts)}
         losses = {job: [m["loss"] for m in lines[job] if "loss" in m] for job in lines}
-        count = steps_of_mean(min(map(len, losses.values()), default=0))
+        count = steps_of_mean(min((len(found) for found in losses.values() if found), default=0))
+        told = {job: result.statuses.get(job, "finished") for job in lines}
         table = Table(box=None, pad_edge=False)
         table.add_column("job", overflow="fold")
         for column in (
             "steps",
             f"loss (first {count} -> last {count} steps)" if count > 1 else "loss (first -> last step)",
             "held-out loss",
+            *(["status"] if set(told.values()) != {"finished"} else []),
         ):
             table.add_column(column)
-        for job in result.artefacts:
-            held = arrow(result.held_out.get(job, ()))
-            table.add_row(job, str(lines[job][-1]["step"]), arrow(mean_ends(losses[job], count)), held)
+        for job, status in told.items():
+            last = lines[job][-1]["step"] if lines[job] else "-"
+            row = job, str(last), arrow(mean_ends(losses[job], count)), arrow(result.held_out.get(job, ())), status
+            table.add_row(*row[: len(table.columns)])
         self.table(table)
         peak = f"; peak memory {gib(result.peak_bytes)}" if result.peak_bytes else ""
         took = f"trained in {result.seconds:.0f} s{peak}; " if not result.already_finished else ""
         self.say(f"{took}metrics in {result.folder / 'metrics.jsonl'}")
         for folder in result.artefacts.values():
             self.say(str(folder))
+
+
+class _Eta(TimeRemainingColumn):
+    """The time left; none for a job that has ended before its last step."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.stop_time is None or task.finished else Text("-:--:--", style="progress.remaining")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def _swap(made: Path, target: Path) -> None:
     """Rename `made` to `target`. One that was there is put aside first, and put back if the rename is refused."""
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file is in its place", str(target))
     aside = target.with_name(f"{_REPLACED}{target.name}")
     if not target.exists():
         os.replace(made, target)

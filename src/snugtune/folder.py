@@ -1,7 +1,7 @@
 """The layout of a run's output folder, and what it says about its state."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class RunFolder:
     @property
     def data(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def jobs(self) -> Path:
+        """How each job stands; see `Session.statuses`."""
+        return self.path / "jobs.json"
 
     @property
     def report(self) -> Path:
@@ -102,6 +107,19 @@ class RunFolder:
     def read_plan(self) -> dict[str, Any]:
         """`plan.json`, empty when there is none yet."""
         return read_json(self.plan) if self.plan.is_file() else {}
+
+    def read_jobs(self) -> dict[str, dict[str, Any]]:
+        """`jobs.json`; empty where there is none or it is damaged: nothing depends on it."""
+        try:
+            found = read_json(self.jobs)
+        except InputError:
+            return {}
+        return {name: job for name, job in found.items() if isinstance(job, dict)}
+
+    def write_jobs(self, statuses: Mapping[str, Mapping[str, Any]]) -> None:
+        """One line a job; there may be thousands, and it is written often."""
+        lines = (f"  {json.dumps(name)}: {json.dumps(job)}" for name, job in statuses.items())
+        write_whole(self.jobs, "{\n" + ",\n".join(lines) + "\n}\n")
 
     def read_kept(self) -> Kept:
         """How the run kept its frozen weights. Raises `InputError` for what no run has written."""
@@ -208,6 +226,8 @@ def _in_run(path: Path, adapter: str | None) -> Located:
         raise InputError(f"{path} has no adapter '{name}'; it has {', '.join(jobs)}")
     artefact = folder.artefact(jobs[name])
     if not artefact.is_dir():
+        if (job := folder.read_jobs().get(name, {})).get("status") == "failed":
+            raise InputError(f"{path}: job '{name}' failed, so it has no result: {job.get('reason')}")
         raise InputError(f"{path}: job '{name}' is not finished; the same 'snugtune train' command goes on with it")
     if METHODS[type(jobs[name].method)].routable:
         return Located(config.model, artefact, config.model, config.trust_remote_code, folder.read_kept())

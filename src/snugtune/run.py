@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 
 from snugtune.config import JobConfig, RunConfig
+from snugtune.data.cache import tokenizer_identity
 from snugtune.errors import (
     DivergedError,
     InputError,
@@ -38,10 +39,11 @@ from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
 from snugtune.training.examples import read_job, tokenize_job
 from snugtune.training.job import Job, length_remark, quarantine, start_job
-from snugtune.training.metrics import Sample, StepMetrics, held_out_course, read_metrics
+from snugtune.training.metrics import Sample, StepMetrics, by_job, held_out_course, read_metrics
 from snugtune.training.trainer import Trainer
 from snugtune.training.verdict import warning
 from snugtune.types import NARROW
+from snugtune.words import one_line
 
 
 class Observer(Protocol):
@@ -51,7 +53,14 @@ class Observer(Protocol):
     def track(self, items: Sequence[Any], what: str) -> Iterable[Any]: ...
     def begin(self, jobs: Sequence[Job]) -> None: ...
     def step(self, metrics: StepMetrics) -> None: ...
+    def status(self, job: str, status: str) -> None:
+        """A job's status, as `jobs.json` has it, is another one now."""
+        ...
+
     def end(self) -> None: ...
+    def results(self, result: "RunResult") -> None:
+        """What the jobs left, where `train` does not return it: some of them did not end well."""
+        ...
 
 
 class Stop(threading.Event):
@@ -69,12 +78,15 @@ class Silent:
 
     def begin(self, jobs: Sequence[Job]) -> None: ...
     def step(self, metrics: StepMetrics) -> None: ...
+    def status(self, job: str, status: str) -> None: ...
     def end(self) -> None: ...
+    def results(self, result: "RunResult") -> None: ...
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind. `artefacts`: job name -> adapter or model folder; `seconds` of this session's training.
+    """What a run left behind. `artefacts`: job name -> adapter or model folder, where there is one; `seconds` of this
+    session's training; `statuses`: job name -> how it stands, as in `jobs.json`.
 
     `metrics` and `samples` are the lines of `metrics.jsonl` and `samples.jsonl`; `held_out`: each job's held-out losses,
     from before training to that of its result.
@@ -88,6 +100,7 @@ class RunResult:
     peak_bytes: int | None
     seconds: float = 0.0
     already_finished: bool = False
+    statuses: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
@@ -136,32 +149,49 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             raise UnreadableError(f"{error}; state saved at {session.place}, the same command goes on from there") from error
         finally:
             seconds = time.perf_counter() - started
+            _tell(session, observer, at_once=True)
             observer.end()
             logs.close()
-        for text in _warnings(session):
-            observer.note(text)
+        _warn(session, observer)
         if session.parked or any(job.failure for job in session.ended):
-            _fail(session)
+            _fail(session, observer, seconds)
         folder.write_plan(session.planned, session.trainer.watch.peak())
         drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
 
 
-def _fail(session: Session) -> NoReturn:
-    """Raise what is to be told of the jobs that did not end well; the state of all is saved."""
+def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
+    """Raise what is to be told of the jobs that did not end well; the state of all is saved, the results of others shown."""
+    if len(session.all_jobs) > 1:
+        observer.results(_result(session.folder, session.config.resolved_jobs(), seconds=seconds))
     with suppress(StorageError):  # a full disk is told of as what it did to the jobs
         session.save()
     bugs = [error for error in session.errors.values() if not isinstance(error, SnugtuneError)]
-    failures = [job.failure for job in session.ended if job.failure]
+    given_up = [job for job in session.ended if job.failure]
+    failures = [str(job.failure) for job in given_up]
     waiting = [str(error) for error in session.parked.values()]
+    if given_up:
+        failures.append(_again([job.name for job in given_up], len(session.all_jobs)))
     if bugs:
         for told in (*failures, *waiting):
             bugs[0].add_note(told)
         raise bugs[0]
     if waiting:
         raise StorageError("; ".join([*failures, *waiting]))
-    kind = JobFailedError if session.errors else DivergedError
+    diverged = not session.errors and all(job in session.ended[session.earlier :] for job in given_up)  # else nobody knows
+    kind = DivergedError if diverged else JobFailedError
     raise kind("; ".join(failures))
+
+
+def _again(names: Sequence[str], jobs: int) -> str:
+    """How to train the named jobs, of so many, once more: what a run gave up stays so."""
+    what = "it" if len(names) == 1 else "them"
+    return f"to train {what} again, give a new output" + (f" and only {what} in jobs" if jobs > 1 else "")
+
+
+def _tell(session: Session, observer: Observer, at_once: bool = False) -> None:
+    for job, status in session.tell(at_once).items():
+        observer.status(job, status)
 
 
 def _start_tracking(config: RunConfig, folder: RunFolder, observer: Observer, fresh: bool) -> Tracking:
@@ -206,9 +236,10 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     base = _load(source, planned, checkpoint, config, observer)
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set)
-    session = Session(config, folder, planned, trainer)
+    session = Session(config, folder, planned, trainer, told=folder.read_jobs())
+    identity = tokenizer_identity(base.tokenizer)
     for job_config in config.resolved_jobs():
-        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note)
+        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)
         for remark in data.remarks:
             observer.note(f"data ({job_config.name}): {remark}")
         session.data[job_config.name] = data.summary()
@@ -227,7 +258,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         session.pending = trainer.start_metrics()
     else:
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
-        session.saved = session.step, frozenset(trainer.jobs)
+        session.saved, session.earlier = (session.step, frozenset(trainer.jobs)), len(session.ended)
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session
@@ -268,10 +299,12 @@ def proved(planned: Planned, base: Base, pinned: bool, note: Say) -> Planned:
 def _loop(session: Session, logs: Logs, observer: Observer) -> None:
     """Steps until every job is done; evaluations and checkpoints where they are due."""
     trainer = session.trainer
+    _tell(session, observer, at_once=True)
     while True:
         while session.pending:
             _report_step(session, logs, observer)
         session.retire(observer.note)
+        _tell(session, observer)
         if not any(job.active for job in trainer.jobs.values()):
             break
         if session.save_is_due():
@@ -301,17 +334,17 @@ def _report_step(session: Session, logs: Logs, observer: Observer) -> None:
     session.pending.pop(0)
 
 
-def _warnings(session: Session) -> list[str]:
-    """What speaks against the results of the jobs that have ended."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for line in read_metrics(session.folder.metrics):
-        lines.setdefault(line["job"], []).append(line)
-    return [text for job in session.ended if (text := warning(job, lines.get(job.name, [])))]
+def _warn(session: Session, observer: Observer) -> None:
+    """Say what speaks against the results of the jobs that have ended."""
+    lines = by_job(read_metrics(session.folder.metrics))
+    for job in session.ended:
+        if text := warning(job, lines.get(job.name, [])):
+            observer.note(text)
 
 
 def _short(text: str, width: int = 60) -> str:
     """A text on one line, cut where it is long."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return repr(line if len(line) <= width else line[: width - 1] + "…")
 
 
@@ -322,12 +355,14 @@ def _planned_before(checkpoint: Checkpoint) -> Planned:
 
 
 def _result(folder: RunFolder, jobs: Sequence[JobConfig], already_finished: bool = False, seconds: float = 0.0) -> RunResult:
-    artefacts = {job.name: folder.artefact(job) for job in jobs}
+    artefacts = {job.name: path for job in jobs if (path := folder.artefact(job)).is_dir()}
+    statuses = {name: str(job.get("status")) for name, job in folder.read_jobs().items()}
     peak = folder.read_plan()["measured_peak_bytes"]
     samples = read_metrics(folder.samples) if folder.samples.exists() else []
     metrics = read_metrics(folder.metrics)
-    held = {j.name: held_out_course([m for m in metrics if m["job"] == j.name], j.keep_best) for j in jobs}
-    return RunResult(folder.path, artefacts, metrics, samples, held, peak, seconds, already_finished)
+    lines = by_job(metrics)
+    held = {job.name: held_out_course(lines.get(job.name, []), job.keep_best) for job in jobs}
+    return RunResult(folder.path, artefacts, metrics, samples, held, peak, seconds, already_finished, statuses)
 
 
 @contextmanager

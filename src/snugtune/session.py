@@ -1,12 +1,17 @@
 """A run in progress: what it holds between its steps, where it reports to, and what it leaves of a finished job."""
 
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from snugtune.config import RunConfig
-from snugtune.errors import StorageError
+from snugtune.errors import SnugtuneError, StorageError
 from snugtune.files import whole_folder
 from snugtune.folder import RunFolder
 from snugtune.memory.plan import Planned
@@ -17,10 +22,14 @@ from snugtune.training.job import Ended, Job, quarantine
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW, Plan
-from snugtune.words import counted
+from snugtune.words import counted, one_line
 
 AUTO_CHECKPOINTS = 10
 """Checkpoints in a run that does not say how often."""
+STATUS_SECONDS = 1.0
+"""Between two writes of `jobs.json`, while no job ends."""
+STATUS_SHARE = 0.05
+"""Of the time that may be spent on it, while many jobs end one after the other."""
 
 
 @dataclass
@@ -32,6 +41,7 @@ class Session:
     planned: Planned
     trainer: Trainer
     ended: list[Ended] = field(default_factory=list)  # finished, or given up
+    earlier: int = 0  # of these, those that ended before this session
     errors: dict[str, Exception] = field(default_factory=dict)  # what broke jobs in this session
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> what its data is
     parked: dict[str, StorageError] = field(default_factory=dict)  # jobs that could not be written; they keep their state
@@ -39,6 +49,10 @@ class Session:
     saved: tuple[int, frozenset[str]] | None = None  # the newest checkpoint: its step, and the jobs that go on
     held_back: list[StepMetrics] = field(default_factory=list)  # of parked jobs: evaluated once their disk takes it
     looked: int = 0  # the step at which one was last thought of
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # what jobs.json says
+    told_at: float = 0.0  # when
+    told_of: tuple[int, int] = (0, 0)  # how many jobs had ended or were parked then
+    telling: float = 0.0  # seconds that it took
 
     @property
     def step(self) -> int:
@@ -59,10 +73,15 @@ class Session:
 
     def save_is_due(self) -> bool:
         """Whether each job that trains has done, on average, as many steps as lie between two checkpoints."""
-        every = self.config.checkpoint_every or max(1, -(-max(j.total for j in self.all_jobs) // AUTO_CHECKPOINTS))
+        every = self.config.checkpoint_every or max(1, -(-self._longest // AUTO_CHECKPOINTS))
         every *= max(1, len(self.trainer.jobs))
         before, self.looked = self.looked, self.step
-        return self.step // every > before // every
+        return self.looked // every > before // every
+
+    @cached_property
+    def _longest(self) -> int:
+        """Steps of the longest job."""
+        return max(job.total for job in self.all_jobs)
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last whole step, unless there is one."""
@@ -108,6 +127,7 @@ class Session:
                 note(f"given up: {job.failure}")
             if job.error is not None:
                 self.errors[job.name] = job.error
+                _drop_locals(job.error)
             self.ended.append(Ended.of(job))
             self.trainer.remove(job.name)
 
@@ -116,6 +136,7 @@ class Session:
         if not isinstance(job.error, StorageError):
             return False
         self.parked[job.name], job.paused = job.error, True
+        _drop_locals(job.error)
         job.failure = job.error = None
         note(f"{job.name}: waits as it is, the others go on: {self.parked[job.name]}")
         return True
@@ -139,6 +160,45 @@ class Session:
         if job.best is not None and job.untuned is not None and job.best.eval_loss >= job.untuned:
             note(f"{job.name}: no evaluation was better than the untuned model's, {job.untuned:.4f}; try a lower optimizer.lr")
         save_artefact(self.folder.artefact(job.config), self.trainer.base, self.planned.plan, job)
+
+    def statuses(self) -> dict[str, dict[str, Any]]:
+        """Job -> how it stands: `status` (waiting, training, finished, stopped early, failed, parked), `step`, `total_steps`;
+
+        `reason` where it failed or is parked, and `traceback` where that was a bug.
+        """
+        jobs = {job.name: job for job in self.all_jobs}
+        return {name: self._status(jobs[name]) for name in (config.name for config in self.config.resolved_jobs())}
+
+    def _status(self, job: Job | Ended) -> dict[str, Any]:
+        told: dict[str, Any] = {"status": "training" if job.step else "waiting", "step": job.step, "total_steps": job.total}
+        if job.name in self.parked:
+            return told | {"status": "parked", "reason": one_line(str(self.parked[job.name]))}
+        if isinstance(job, Ended) and job.failure is None:
+            return told | {"status": "finished" if job.step == job.total else "stopped early"}
+        if job.failure is not None:
+            told |= {"status": "failed", "reason": one_line(job.failure.removeprefix(f"job '{job.name}': "))}
+            error, before = self.errors.get(job.name), self.told.get(job.name, {})
+            if error is not None and not isinstance(error, SnugtuneError):
+                told["traceback"] = "".join(traceback.format_exception(error))
+            elif isinstance(before.get("traceback"), str) and before.get("reason") == told["reason"]:
+                told["traceback"] = before["traceback"]  # of the process that this one goes on for
+        return told
+
+    def tell(self, at_once: bool = False) -> dict[str, str]:
+        """Keep `jobs.json` up to date. Returns job -> status of those that have another one now.
+
+        It is written when a job has ended or is parked, else every so many seconds; of many jobs more seldom.
+        """
+        began, of = time.monotonic(), (len(self.ended), len(self.parked))
+        pause = STATUS_SECONDS if of == self.told_of else 0.0
+        if not at_once and began - self.told_at < max(pause, self.telling / STATUS_SHARE):
+            return {}
+        before, self.told, self.told_of = self.told, self.statuses(), of
+        with suppress(StorageError):  # a full disk is told of where it costs something
+            self.folder.write_jobs(self.told)
+        self.told_at = time.monotonic()
+        self.telling = self.told_at - began
+        return {name: job["status"] for name, job in self.told.items() if job["status"] != before.get(name, {}).get("status")}
 
     def reported(self) -> dict[str, int]:
         """Job -> the last step whose metrics are final."""
@@ -179,6 +239,27 @@ class Logs:
         self.metrics.close()
         if self.samples is not None:
             self.samples.close()
+
+
+def _drop_locals(error: Exception) -> None:
+    """Leave an error its traceback without the values in its frames, and in those that called them: they keep jobs' memory."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            for frame, _ in traceback.walk_tb(one.__traceback__):
+                _clear(frame)
+            todo += [one.__cause__, one.__context__]
+
+
+def _clear(frame: FrameType | None) -> None:
+    """Empty a frame and its callers, up to one that still runs."""
+    with suppress(RuntimeError):  # it runs
+        while frame is not None:
+            frame.clear()
+            frame = frame.f_back
 
 
 def save_artefact(folder: Path, base: Base, plan: Plan, job: Job) -> None:

@@ -92,6 +92,50 @@ def test_many_jobs_in_a_low_terminal() -> None:
     console.end()
 
 
+def test_a_line_says_how_its_job_ended() -> None:
+    """Jobs leave at steps of their own; a line that has ended waits for nothing, and the others go on."""
+    console = Console()
+    console.err = RichConsole(file=io.StringIO(), force_terminal=True, width=100, height=24, highlight=False)
+    ends = {"a": "finished", "b": "failed", "c": "stopped early", "d": "parked", "e": "training"}
+    jobs: list[Any] = [SimpleNamespace(name=name, step=0, total=9) for name in ends]
+    console.begin(jobs)
+    for step in range(1, 10):
+        for name in ends if step < 4 else "ae":
+            console.step(StepMetrics(name, step, 9, 0.1, loss=1.5, tokens_per_second=1.0))
+    for name, status in ends.items():
+        console.status(name, status)
+    console.status("ended-before-the-resume", "finished")
+    console.end()
+    shown = [line for line in screen(console.err.file.getvalue()) if " eta " in line]  # type: ignore[attr-defined]
+    counts = {"a": "9/9", "b": "3/9", "c": "3/9", "d": "3/9", "e": "9/9"}
+    said = {"a": "done", "b": "failed", "c": "stopped", "d": "parked", "e": "loss 1.5000"}
+    for line, name in zip(shown, ends, strict=True):
+        assert re.match(rf"  {name} .* {counts[name]} {said[name]} ", line), line
+        assert ("eta -:--:--" in line) == (name in "bcd"), line
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_resumed_run_without_jobs_to_train(terminal: bool) -> None:
+    """All had ended before it was interrupted: there is nothing to show."""
+    assert driven([], 80, terminal=terminal) == ""
+
+
+def test_a_table_of_jobs_that_did_not_all_end_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """One without a step, one without an adapter: each has its row; where all are finished nothing is said of it."""
+    metrics = [{"job": "a", "step": n, "loss": 3.0 - n} for n in (1, 2)] + [{"job": "b", "step": 1, "skipped": True}]
+    told = {"a": "finished", "b": "failed", "c": "parked"}
+    result = RunResult(Path("run"), {"a": Path("run/adapters/a")}, metrics, [], {}, None, statuses=told)
+    Console().results(result)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "status" and "(first -> last step)" in head
+    assert re.fullmatch(r"a +2 +2\.0000 -> 1\.0000 +- +finished", rows[0])
+    assert re.fullmatch(r"b +1 +- +- +failed", rows[1])
+    assert re.fullmatch(r"c +- +- +- +parked", rows[2])
+    assert rows[4:] == ["run/adapters/a"]
+    Console().results(RunResult(Path("run"), {"a": Path("run/adapters/a")}, metrics, [], {}, None, statuses={"a": "finished"}))
+    assert "status" not in capsys.readouterr().out
+
+
 def test_without_a_terminal_there_are_plain_lines() -> None:
     lines = driven([LONG, "b"], 60, terminal=False, steps=3, total=3).splitlines()
     assert all("\x1b" not in line and line.startswith("  ") for line in lines)

@@ -6,6 +6,7 @@ same name means the same content. Data that grew at its end is tokenised at its 
 out for validation: that is drawn anew.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -49,6 +50,12 @@ def code_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def _our_tools() -> tuple[str, str, str]:
+    """The code of this process, which stays as it is."""
+    return code_of(Path(__file__).parent), version("transformers"), version("tokenizers")
+
+
 class TokenCache:
     """Shards in `folder`, for one way of tokenising, which `settings` describe in full.
 
@@ -57,7 +64,7 @@ class TokenCache:
 
     def __init__(self, folder: Path, settings: Sequence[object]):
         self.folder = folder
-        self.settings = repr((code_of(Path(__file__).parent), version("transformers"), version("tokenizers"), *settings))
+        self.settings = repr((*_our_tools(), *settings))
         self.problem: str | None = None
 
     def tokenised(self, items: Sequence[Item], tracked: Iterable[Item], tokenise: Tokenise, drops: Drops) -> list[Example]:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from snugtune.config import JobConfig, RunConfig, read_config
 from snugtune.errors import InputError
 from snugtune.folder import RunFolder, runs_near
+
+Entry = TypeVar("Entry", bound=BaseModel)
 
 SERIES = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory")
 
@@ -56,6 +58,16 @@ class Sample(BaseModel):
     answer: str
 
 
+class Status(BaseModel):
+    """One job's entry of `jobs.json`."""
+
+    status: str
+    step: int = 0
+    total_steps: int = 0
+    reason: str = ""
+    traceback: str = ""
+
+
 @dataclass
 class JobFacts:
     """One job of the run, as far as it came. `artefact`: where its result lies or will lie (None: unknown)."""
@@ -72,6 +84,11 @@ class JobFacts:
     artefact: Path | None = None
     keep_best: bool = False
     config: JobConfig | None = None
+    status: Status | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.status is not None and self.status.status == "failed" and not self.finished
 
     @property
     def finished(self) -> bool:
@@ -107,6 +124,11 @@ class RunFacts:
     def finished(self) -> bool:
         return bool(self.jobs) and all(job.finished for job in self.jobs)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the same command has anything left to do."""
+        return any(not (job.finished or job.failed) for job in self.jobs)
+
 
 def read_facts(path: Path) -> RunFacts:
     """Read a run folder. Raises `InputError` where it is none; files that are missing or broken only leave gaps."""
@@ -129,8 +151,11 @@ def read_facts(path: Path) -> RunFacts:
         jobs.setdefault(sample.job, JobFacts(sample.job)).samples.append(sample)
 
     _each_line(run.metrics, take_step, problems)
-    for name, facts in _data(run, problems).items():
+    for name, facts in _by_job(run.data, DataFacts, "the facts about the data", problems).items():
         jobs.setdefault(name, JobFacts(name)).data = facts
+    for name, status in _by_job(run.jobs, Status, "how the jobs ended", problems).items():
+        facts = jobs.setdefault(name, JobFacts(name))
+        facts.status, facts.total = status, facts.total or status.total_steps
     _each_line(run.samples, take_sample, problems)
     text = run.config.read_text(encoding="utf-8", errors="replace")
     return RunFacts(path, text, config.model if config else None, _plan(run, problems), list(jobs.values()), problems)
@@ -156,13 +181,15 @@ def _plan(run: RunFolder, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _data(run: RunFolder, problems: list[str]) -> dict[str, DataFacts]:
-    if not run.data.is_file():
+def _by_job(path: Path, kind: type[Entry], what: str, problems: list[str]) -> dict[str, Entry]:
+    """A file that has an entry for each job."""
+    if not path.is_file():
         return {}
     try:
-        return TypeAdapter(dict[str, DataFacts]).validate_json(run.data.read_bytes())
+        entries = TypeAdapter(dict[str, dict[str, Any]]).validate_json(path.read_bytes())
+        return {name: kind.model_validate(entry) for name, entry in entries.items()}
     except (OSError, ValidationError):
-        problems.append("data.json cannot be read; the facts about the data are left out")
+        problems.append(f"{path.name} cannot be read; {what} are left out")
         return {}
 
 

@@ -30,6 +30,7 @@ DOTTED_JOBS = 5
 """With more jobs than this, dots of one chart would hide each other."""
 SAMPLE_CHARS = 40_000
 """Characters of an answer and of a prompt that are shown, shared by the jobs; more is cut, and that is said."""
+REASON_CHARS = 400
 PLACES = 10
 _GENERATOR = '<meta name="generator" content="snugtune report">'
 
@@ -84,9 +85,15 @@ def write_report(folder: Path, output: Path | None = None, say: Callable[[str], 
         raise InputError(f"--output {target}: it exists and is no report of snugtune; give another file")
     facts = read_facts(folder)
     write_whole(target, render(facts))
-    for problem in facts.problems:
+    for problem in (*facts.problems, *_troubles(facts.jobs)):
         say(problem)
     return target
+
+
+def _troubles(jobs: Sequence[JobFacts]) -> list[str]:
+    """The jobs that did not end well, and why; of many the first ones."""
+    found = [f"{job.name}: {_row(job, 0).state}" for job in jobs if job.status and job.status.reason and not job.finished]
+    return found[:PLACES] + ([f"and {len(found) - PLACES} more jobs; the page tells of all"] if len(found) > PLACES else [])
 
 
 def _is_report(path: Path) -> bool:
@@ -139,6 +146,8 @@ def _row(job: JobFacts, index: int) -> Row:
     best = min(trained, key=lambda p: p[1]) if trained else None
     best_text = f"{best[1]:.3f} (step {best[0]:,})" if best else "-"
     state = "not begun" if not job.step else f"at step {job.step:,} of {job.total:,}"
+    if job.status is not None and job.status.status in ("failed", "parked") and not job.finished:
+        state = f"{job.status.status}, {state}: {clipped(job.status.reason, REASON_CHARS)}"
     if job.finished:
         state = "finished" if job.step == job.total else f"stopped early, at step {job.step:,} of {job.total:,}"
     result = f"{job.artefact.parent.name}/{job.artefact.name}" if job.artefact and job.finished else "-"

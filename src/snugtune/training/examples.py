@@ -126,11 +126,16 @@ def _mixed(job: JobConfig, sources: Sequence[Sequence[Item]], held_out: Sequence
     return JobText(train, tuple(held_out), drops, f"an epoch takes {', '.join(told)}")
 
 
-def tokenize_job(job: JobConfig, text: JobText, tokenizer: Any, track: Track, note: Callable[[str], None]) -> JobData:
-    """Render and tokenise, or find what was tokenised before. Raises `InputError` if nothing is left to train on."""
+def tokenize_job(
+    job: JobConfig, text: JobText, tokenizer: Any, track: Track, note: Callable[[str], None], identity: str | None = None
+) -> JobData:
+    """Render and tokenise, or find what was tokenised before. Raises `InputError` if nothing is left to train on.
+
+    `identity`: that of the tokenizer, where it is known: to take it goes through the whole vocabulary.
+    """
     objective = objective_of(job.objective)
     code = code_of(Path(inspect.getfile(type(objective))).parent)
-    settings = (code, objective.tokenises_by, job.max_seq_len, tokenizer_identity(tokenizer))
+    settings = (code, objective.tokenises_by, job.max_seq_len, identity or tokenizer_identity(tokenizer))
     cache = TokenCache(cache_dir() / "tokens", settings)
 
     def tokenise(items: Iterable[Item], drops: Drops) -> list[Example]:

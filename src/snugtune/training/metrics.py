@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,14 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file. Raises `InputError` when it is gone or damaged."""
     return [_entry(path, line) for line in _complete_lines(path)]
+
+
+def by_job(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The lines of each job, by its name."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(str(line["job"]), []).append(line)
+    return found
 
 
 def held_out_course(lines: Sequence[Mapping[str, Any]], keep_best: bool) -> list[float]:
