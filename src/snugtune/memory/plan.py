@@ -48,9 +48,10 @@ def make_plan(config: RunConfig, stored: Width | None = None, apart: str | None 
         optimizer_state=_optimizer_state(config, device),
         offload=offload,
         fused_tokens=fused_tokens,
+        resident_jobs=_resident_jobs(config),
     )
     together = (why_execution,) if why_execution else ()
-    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together))
+    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together, *_resting(config)))
 
 
 def _micro_batch(config: RunConfig) -> int:
@@ -77,6 +78,26 @@ def _execution(config: RunConfig, apart: str | None) -> tuple[int, str]:
         room,
         f"{len(jobs)} jobs share forwards of up to {room} tokens ({'as asked' if wanted == 'fused' else 'short chunks gain'})",
     )
+
+
+def _resident_jobs(config: RunConfig) -> int:
+    """Jobs whose state may be in memory; 0: all. Raises `InputError` where what trains is the base itself."""
+    wanted = config.plan.resident_jobs
+    if wanted == "auto":
+        return 0
+    for job in config.resolved_jobs():
+        if not METHODS[type(job.method)].routable:
+            raise InputError(
+                f"plan.resident_jobs: method: {job.method.type} trains the base itself, which cannot rest on disk; use auto"
+            )
+    return wanted
+
+
+def _resting(config: RunConfig) -> tuple[str, ...]:
+    wanted, jobs = config.plan.resident_jobs, len(config.resolved_jobs())
+    if wanted == "auto" or wanted >= jobs:
+        return ()
+    return (f"{wanted} of {jobs} jobs in memory at a time, the others rest on disk",)
 
 
 def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from snugtune.errors import InputError
 from snugtune.model.frozen import FrozenLinear
 from snugtune.types import Segment
 
@@ -31,13 +32,23 @@ class Slot:
 
 @dataclass
 class Router:
-    """Which segments the rows of the current forward, recompute and backward belong to. One per base."""
+    """Which segments the rows of the current forward, recompute and backward belong to. One per base.
+
+    `absent`: jobs whose factors are not here for now; without them a forward would quietly be the bare base's.
+    """
 
     segments: tuple[Segment, ...] = field(default_factory=tuple)
+    absent: set[str] = field(default_factory=set)
 
     @contextmanager
     def routing(self, segments: tuple[Segment, ...]) -> Iterator[None]:
-        """Route by `segments` inside the block. For training it must span forward and backward: recompute runs there."""
+        """Route by `segments` inside the block. For training it must span forward and backward: recompute runs there.
+
+        Raises `InputError` for a job at rest.
+        """
+        away = next((segment.job for segment in segments if segment.job in self.absent), None)
+        if away is not None:
+            raise InputError(f"job '{away}' is at rest on disk; wake it first")
         before, self.segments = self.segments, segments
         try:
             yield
@@ -55,6 +66,10 @@ class RoutedLinear(nn.Module):
         self.name = name
         self.slots: dict[str, Slot] = {}
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.frozen.shape
 
     @property
     def weight(self) -> Tensor:
