@@ -32,7 +32,7 @@ MAX_SKIPS = 10
 """Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
 
 LOOKAHEAD = 2
-"""Forwards' worth of chunks to choose from. A step that is opened before it can be run costs a gradient's memory."""
+"""Forwards' worth of chunks to choose from: a step that is begun long before its chunks can run costs a gradient's memory."""
 
 
 class Watch(Protocol):
