@@ -182,9 +182,6 @@ class Job:
         self.at_rest, self._outline = None, {}
 
     def _load_tensors(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Any]) -> None:
-        self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
-        if self.at_rest is not None:
-            self.optimizer.param_groups[0]["params"] = _stepped(self.attached, self.config)
         named = {f"optimizer.{index}.{k}" for index, entry in outline.items() for k in entry["tensors"]}
         if named != {key for key in tensors if key.startswith("optimizer.")}:
             raise ValueError("the optimizer's state is not that of its weights")
@@ -195,6 +192,9 @@ class Job:
                 raise ValueError("the optimizer's state has other shapes than it should")
             owned = {name: tensor.clone() for name, tensor in large.items()}  # not the file's own pages, mapped
             state[int(index)] = {**entry["numbers"], **owned}
+        self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+        if self.at_rest is not None:
+            self.optimizer.param_groups[0]["params"] = _stepped(self.attached, self.config)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
