@@ -161,6 +161,21 @@ def test_an_idle_job_costs_its_adapter_and_its_optimizers_state() -> None:
     assert few - one == each
 
 
+def test_jobs_in_turns_hand_on_one_gradient_buffer(base: Base, tmp_path: Path) -> None:
+    """Fresh ones would leave holes in the heap. It is as large as the largest needs it; sharing forwards, no second is kept."""
+    for fused in (0, 64):
+        trainer = trainer_of(base, replace(PLAN, fused_tokens=fused), tmp_path)
+        seen = set[int]()
+        while trainer.step():
+            assert base.spare.buffer is not None
+            seen.add(base.spare.buffer.data_ptr())
+        assert base.spare.buffer is not None and len(base.spare.buffer) == max(lora(j).total for j in trainer.jobs.values())
+        assert fused or len(seen) == 1
+        assert all(lora(job).flat.grad is None for job in trainer.jobs.values())
+        for name in list(trainer.jobs):
+            trainer.remove(name)
+
+
 @pytest.mark.parametrize("state", ["fp32", "8bit"])
 def test_what_rests_is_freed(tmp_path: Path, state: Any) -> None:
     """Every storage of its weights, gradients and optimizer state, whatever the optimizer held on to."""

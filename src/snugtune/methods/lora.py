@@ -121,7 +121,7 @@ class LoraAttached:
         if self.flat.grad is not None:
             self.flat.grad.zero_()
             return
-        self.flat.grad = torch.zeros_like(self.flat)
+        self.flat.grad = self.base.spare.take(self.total, self.flat.device)
         at = 0
         for factor in self.matrices():  # backward accumulates straight into the flat buffer
             factor.grad = self.flat.grad[at : at + factor.numel()].view(factor.shape)
@@ -129,9 +129,12 @@ class LoraAttached:
 
     def drop_grad(self) -> None:
         """Of many jobs only those in the middle of a step have gradients."""
-        self.flat.grad = None
+        if self.flat.grad is None:
+            return
         for factor in self.matrices():
             factor.grad = None
+        self.base.spare.give(self.flat.grad)
+        self.flat.grad = None
 
     def publish(self) -> None:
         """Nothing to bring anywhere: the sites look at the flat buffer itself."""

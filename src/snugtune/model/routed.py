@@ -56,6 +56,30 @@ class Router:
             self.segments = before
 
 
+class Spare:
+    """One buffer for gradients, handed from job to job. One per base.
+
+    Fresh ones would leave holes in the heap that fill with what is smaller: with eight jobs in turns that was a gradient's
+    memory for each of them.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """Zeros, fp32 [count]."""
+        held, self.buffer = self.buffer, None
+        if held is None or len(held) < count or held.device != device:
+            return torch.zeros(count, device=device)
+        return held[:count].zero_()
+
+    def give(self, used: Tensor) -> None:
+        """It, whole, is nobody's any more. Only the larger of two is kept."""
+        whole = used if used._base is None else used._base
+        if self.buffer is None or len(self.buffer) < len(whole):
+            self.buffer = whole
+
+
 class RoutedLinear(nn.Module):
     """A frozen linear and the slots of every job. The slots live outside the module tree: adding the k-th is O(1)."""
 
