@@ -219,7 +219,7 @@ def ragged_table(found: dict[str, dict[str, float]], tokens: int, counts: Sequen
 
 
 def adapters_table(found: dict[str, float]) -> str:
-    rows = [[f"add the {name.split()[1]}th", f"{1e3 * value:.1f}"] for name, value in found.items() if name.startswith("add")]
+    rows = [[f"add adapter {name.split()[1]}", f"{1e3 * value:.1f}"] for name, value in found.items() if name.startswith("add")]
     rows += [["let one rest", f"{1e3 * found['rest']:.1f}"], ["wake one", f"{1e3 * found['wake']:.1f}"]]
     rows += [[f"a step of each of {ACTIVE}, of {ACTIVE} in all", f"{1e3 * found['step of few']:.0f}"]]
     rows += [[f"a step of each of {ACTIVE}, the others at rest", f"{1e3 * found['step of many']:.0f}"]]

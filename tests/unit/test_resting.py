@@ -204,6 +204,19 @@ def test_no_more_steps_are_begun_than_there_is_enough_to_choose_from(base: Base,
     assert max(job.step for job in trainer.jobs.values()) == 1, "the hindmost go first"
 
 
+def test_who_rests_is_who_is_needed_last(base: Base, tmp_path: Path) -> None:
+    """Jobs alike go round: with places for five of six, hardly more than one change of places in each of 7 rounds."""
+    trainer = Trainer(base, replace(PLAN, resident_jobs=5), NoWatch(), resting=tmp_path)
+    for at in range(6):
+        trainer.add(started(base, f"job-{at}", steps=8))
+    woken, asleep = 0, {name for name, job in trainer.jobs.items() if job.at_rest}
+    while any(job.step < 7 for job in trainer.jobs.values()):
+        trainer.step()
+        now = {name for name, job in trainer.jobs.items() if job.at_rest}
+        woken, asleep = woken + len(asleep - now), now
+    assert 0 < woken <= 9
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,8 @@ class Residence:
             self.folder = scratch_folder(self.parent or cache_dir(), "resting")
             self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         file = self.folder / f"{job.name}.safetensors"
-        write_tensors(job, file)
+        with whole_file(file) as made:
+            write_tensors(job, made)
         job.rest(file)
 
     def take(self, job: Job) -> None:
@@ -82,12 +83,11 @@ class Residence:
 
 
 def write_tensors(job: Job, file: Path) -> None:
-    """The large part of a job's state as a file; of a job at rest the one that there is. Raises `StorageError`."""
-    with whole_file(file) as made:
-        if job.at_rest is not None:
-            link_or_copy(job.at_rest, made)
-        else:
-            save_file({k: v.contiguous() for k, v in job.tensors().items()}, made)
+    """The large part of a job's state as a file; of a job at rest the one that there is. Raises what the disk says."""
+    if job.at_rest is not None:
+        link_or_copy(job.at_rest, file)
+    else:
+        save_file({k: v.contiguous() for k, v in job.tensors().items()}, file)
 
 
 def _in_memory(jobs: Iterable[Job]) -> list[Job]:
