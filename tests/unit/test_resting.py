@@ -347,6 +347,15 @@ def test_what_the_disk_refuses_is_that_jobs_trouble(tmp_path: Path, fused: int) 
     assert all(torch.equal(v, truth["c"][0][k]) for k, v in c.tensors().items())
 
 
+def test_a_place_that_cannot_be_is_told_before_anything_is_trained(base: Base, tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.write_text("no folder")
+    trainer = trainer_of(base, replace(PLAN, resident_jobs=1), place, "a")
+    with pytest.raises(StorageError, match=f"^cannot make a folder in {place}: "):
+        trainer.add(started(base, "b"))
+    assert list(trainer.jobs) == ["a"] and trainer.step()[0].job == "a"
+
+
 def test_a_file_that_is_damaged_is_that_jobs_trouble(base: Base, tmp_path: Path) -> None:
     trainer = trainer_of(base, replace(PLAN, resident_jobs=1), tmp_path, "abc")
     file = trainer.jobs["b"].at_rest
