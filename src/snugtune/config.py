@@ -250,6 +250,10 @@ class PlanConfig(Config):
         default="auto",
         description="several jobs: fused: they share forwards; interleaved: they take turns; the results are equal",
     )
+    resident_jobs: int | Literal["auto"] = Field(
+        default="auto",
+        description="of so many jobs at a time the state is in memory, that of the others rests on disk; auto: all",
+    )
 
     @model_validator(mode="after")
     def _of_its_width(self) -> "PlanConfig":
@@ -259,7 +263,7 @@ class PlanConfig(Config):
             raise ValueError("outlier_threshold: only for weights: int8")
         return self
 
-    @field_validator("micro_batch")
+    @field_validator("micro_batch", "resident_jobs")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:

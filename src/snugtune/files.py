@@ -160,6 +160,45 @@ def claimed(folder: Path, waiting: Callable[[str], object] | None = None) -> Ite
         lock.release()
 
 
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Write the yielded file; it becomes `target` when the block ends well, else nothing of it stays. Raises `StorageError`.
+
+    It is not made to outlast a crash of the machine: for what the process alone needs.
+    """
+    made = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
+    try:
+        yield made
+        os.replace(made, target)
+    except Exception as error:
+        if not _refused(error):
+            raise
+        raise StorageError(f"cannot write {target}: {reason(error)}; free space or fix the folder, then run again") from error
+    finally:
+        with suppress(OSError):  # it is there only if something went wrong
+            made.unlink()
+
+
+def scratch_folder(parent: Path, name: str) -> Path:
+    """A new folder in `parent` for what this process alone needs; one that a killed process left is a leftover.
+
+    Raises `StorageError`.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=parent, prefix=f"{_UNFINISHED}{name}-"))
+    except OSError as error:
+        raise StorageError(f"cannot make a folder in {parent}: {reason(error)}; free space or give another") from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same content under another name: no space where the file system has hard links. Raises `OSError`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_whole(target: Path, content: str | bytes) -> None:
     """Write one file, all or nothing. Raises `StorageError`."""
     made = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")

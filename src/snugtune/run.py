@@ -37,7 +37,7 @@ from snugtune.report import write_report
 from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import Checkpoint, drop_best, latest_checkpoint
-from snugtune.training.examples import read_job, tokenize_job
+from snugtune.training.examples import JobText, read_job, tokenize_job
 from snugtune.training.job import Job, length_remark, quarantine, start_job
 from snugtune.training.metrics import Sample, StepMetrics, by_job, held_out_course, read_metrics
 from snugtune.training.trainer import Trainer
@@ -130,11 +130,11 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
             claims.enter_context(claimed(folder.path))
             if folder.config.exists():
                 raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
+        claims.callback(session.trainer.close)
         write_whole(folder.config, config.to_yaml())
         tracking = _start_tracking(config, folder, observer, fresh)
         claims.callback(tracking.end)
-        folder.write_plan(session.planned, None)
-        write_whole(folder.data, json.dumps(session.data, indent=2) + "\n")
+        _write_outset(session)
         claims.callback(_report, folder, observer)  # whatever the end is
         logs = Logs.open(session, tracking)
         observer.begin(list(session.trainer.jobs.values()))
@@ -158,6 +158,12 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         folder.write_plan(session.planned, session.trainer.watch.peak())
         drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
+
+
+def _write_outset(session: Session) -> None:
+    """What is known of a run before it trains."""
+    session.folder.write_plan(session.planned, None)
+    write_whole(session.folder.data, json.dumps(session.data, indent=2) + "\n")
 
 
 def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
@@ -218,7 +224,10 @@ def _report(folder: RunFolder, observer: Observer) -> None:
 
 
 def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
-    """Read data, plan, load the base and start or restore every job. Writes nothing; from then on there is a state to save."""
+    """Read data, plan, load the base and start or restore every job; from then on there is a state to save.
+
+    Writes nothing but jobs at rest.
+    """
     folder = RunFolder(user_path(config.output, "output"))
     texts = {job.name: read_job(job) for job in config.resolved_jobs()}
     checkpoint = latest_checkpoint(folder.checkpoints)
@@ -235,23 +244,14 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     watch = Watch(planned.plan.device)
     base = _load(source, planned, checkpoint, config, observer)
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
-    trainer = Trainer(base, planned.plan, watch, stop.is_set)
+    trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
-    identity = tokenizer_identity(base.tokenizer)
-    for job_config in config.resolved_jobs():
-        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)
-        for remark in data.remarks:
-            observer.note(f"data ({job_config.name}): {remark}")
-        session.data[job_config.name] = data.summary()
-        if checkpoint is not None and (ended := checkpoint.ended(job_config)) is not None:
-            session.ended.append(ended)
-            continue
-        job = start_job(base, job_config, data, planned.plan)
-        if remark := length_remark(base, job_config, data):
-            observer.note(f"data ({job.name}): {remark}")
-        if checkpoint is not None:
-            checkpoint.restore(job)
-        trainer.add(job)
+    try:
+        _start_jobs(session, texts, checkpoint, observer)
+    except BaseException:
+        trainer.close()
+        _remove_if_empty(folder.path)
+        raise
     if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)).linears:
         observer.note(f"checked: {checked}")
     if checkpoint is None:
@@ -262,6 +262,26 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session
+
+
+def _start_jobs(session: Session, texts: Mapping[str, JobText], checkpoint: Checkpoint | None, observer: Observer) -> None:
+    """Tokenise the jobs' data, and start or restore each."""
+    trainer, base, plan = session.trainer, session.trainer.base, session.planned.plan
+    identity = tokenizer_identity(base.tokenizer)
+    for job_config in session.config.resolved_jobs():
+        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)
+        for remark in data.remarks:
+            observer.note(f"data ({job_config.name}): {remark}")
+        session.data[job_config.name] = data.summary()
+        if checkpoint is not None and (ended := checkpoint.ended(job_config)) is not None:
+            session.ended.append(ended)
+            continue
+        job = start_job(base, job_config, data, plan)
+        if remark := length_remark(base, job_config, data):
+            observer.note(f"data ({job.name}): {remark}")
+        if checkpoint is not None:
+            checkpoint.restore(job)
+        trainer.add(job)
 
 
 def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, config: RunConfig, observer: Observer) -> Base:

@@ -120,6 +120,7 @@ class Session:
         for job in [job for job in self.trainer.jobs.values() if job.ended and not job.paused]:
             if job.failure is None:
                 with quarantine(job):
+                    self.trainer.wake(job.name)
                     self.finish(job, note)
             if self.park(job, note):
                 continue

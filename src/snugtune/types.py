@@ -97,3 +97,4 @@ class Plan:
     offload: Offload = "none"  # weights: those of the blocks stay on disk; activations: the blocks' inputs do
     outlier_threshold: float = 0.0  # int8: from which magnitude on activations stay in `compute`; 0: all do
     fused_tokens: int = 0  # a forward that jobs share holds at most so many tokens; 0: they take turns (interleaved)
+    resident_jobs: int = 0  # of so many jobs the state is in memory, that of the others rests on disk; 0: all are in memory

@@ -43,7 +43,7 @@ CONFIG_FIELDS = {
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
     "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state", "offload",
-                   "execution"],
+                   "execution", "resident_jobs"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -113,6 +113,7 @@ plan:
   optimizer_state: auto
   offload: auto
   execution: auto
+  resident_jobs: auto
 jobs: []
 """
 

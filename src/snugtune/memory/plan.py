@@ -56,9 +56,10 @@ def plan_for(
         optimizer_state=_optimizer_state(pins.optimizer_state, jobs, device),
         offload=offload,
         fused_tokens=fused_tokens,
+        resident_jobs=_resident_jobs(pins, jobs),
     )
     together = (why_execution,) if why_execution else ()
-    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together))
+    return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together, *_resting(pins, jobs)))
 
 
 def check_job(job: JobConfig, plan: Plan, stored: Width | None = None) -> None:
@@ -91,6 +92,26 @@ def _execution(model: str, pins: PlanConfig, jobs: Sequence[JobConfig], apart: s
         room,
         f"{said} share forwards of up to {room} tokens ({'as asked' if wanted == 'fused' else 'short chunks gain'})",
     )
+
+
+def _resident_jobs(pins: PlanConfig, jobs: Sequence[JobConfig]) -> int:
+    """Jobs whose state may be in memory; 0: all. Raises `InputError` where what trains is the base itself."""
+    wanted = pins.resident_jobs
+    if wanted == "auto":
+        return 0
+    for job in jobs:
+        if not METHODS[type(job.method)].routable:
+            raise InputError(
+                f"plan.resident_jobs: method: {job.method.type} trains the base itself, which cannot rest on disk; use auto"
+            )
+    return wanted
+
+
+def _resting(pins: PlanConfig, jobs: Sequence[JobConfig]) -> tuple[str, ...]:
+    wanted = pins.resident_jobs
+    if wanted == "auto" or (jobs and wanted >= len(jobs)):
+        return ()
+    return (f"{wanted} of {len(jobs) or 'all'} jobs in memory at a time, the others rest on disk",)
 
 
 def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:

@@ -71,6 +71,9 @@ class FullAttached:
                 master.copy_(tensors[name])
         self.publish()
 
+    def release(self) -> None:
+        raise NotImplementedError("the base itself is what trains")
+
     def save(self, folder: Path) -> None:
         """A transformers model folder (safetensors) in the base's dtype, with its tokenizer."""
         self.base.model.save_pretrained(folder)

@@ -82,19 +82,33 @@ class LoraAttached:
 
     def __init__(self, base: Base, job: str, config: PeftLoraConfig, total: int, factors: Iterable[tuple[str, Factors]]):
         """`factors` are taken over one by one, `total` numbers in all: they need not be there at the same time."""
-        self.base, self.job, self.config = base, job, config
-        self.flat = nn.Parameter(torch.empty(total, dtype=torch.float32, device=base.device))
+        self.base, self.job, self.config, self.total = base, job, config, total
+        self.flat = nn.Parameter(self._buffer())
         self.sites: list[str] = []
+        self.ranks: list[int] = []
+        self.scales: list[float] = []
         at = 0
         for name, (a, b, scale) in factors:
+            for factor in (a, b):
+                self.flat.detach()[at : at + factor.numel()].view(factor.shape).copy_(factor)
+                at += factor.numel()
             self.sites.append(name)
-            views: list[Tensor] = []
-            for source in (a, b):
-                part = slice(at, at + source.numel())
-                views.append(self.flat.detach()[part].view(source.shape).copy_(source).requires_grad_())
-                at = part.stop
-            base.site(name).slots[job] = Slot(views[0], views[1], scale, float(config.lora_dropout))
+            self.ranks.append(len(a))
+            self.scales.append(scale)
+        self._fill_slots()
         self.zero_grad()
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(self.total, dtype=torch.float32, device=self.base.device)
+
+    def _fill_slots(self) -> None:
+        """Let every site look at its part of the flat buffer."""
+        rest, dropout = self.flat.detach(), float(self.config.lora_dropout)
+        for name, rank, scale in zip(self.sites, self.ranks, self.scales, strict=True):
+            site = self.base.site(name)
+            a, b, rest = rest.split([rank * site.in_features, site.out_features * rank, len(rest) - rank * sum(site.shape)])
+            a, b = a.view(rank, -1).requires_grad_(), b.view(-1, rank).requires_grad_()
+            site.slots[self.job] = Slot(a, b, scale, dropout)
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.flat]
@@ -107,7 +121,7 @@ class LoraAttached:
         if self.flat.grad is not None:
             self.flat.grad.zero_()
             return
-        self.flat.grad = torch.zeros_like(self.flat)
+        self.flat.grad = self.base.spare.take(self.total, self.flat.device)
         at = 0
         for factor in self.matrices():  # backward accumulates straight into the flat buffer
             factor.grad = self.flat.grad[at : at + factor.numel()].view(factor.shape)
@@ -115,9 +129,12 @@ class LoraAttached:
 
     def drop_grad(self) -> None:
         """Of many jobs only those in the middle of a step have gradients."""
-        self.flat.grad = None
+        if self.flat.grad is None:
+            return
         for factor in self.matrices():
             factor.grad = None
+        self.base.spare.give(self.flat.grad)
+        self.flat.grad = None
 
     def publish(self) -> None:
         """Nothing to bring anywhere: the sites look at the flat buffer itself."""
@@ -126,7 +143,19 @@ class LoraAttached:
         return {"flat": self.flat.detach()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        released = len(self.flat) < self.total
+        if released:
+            self.flat.data = self._buffer()  # the optimizer knows it by its identity
         self.flat.detach().copy_(tensors["flat"])
+        if released:
+            self._fill_slots()
+            self.base.router.absent.discard(self.job)
+
+    def release(self) -> None:
+        self.drop_grad()
+        self.detach()
+        self.flat.data = self.flat.data.new_empty(0)
+        self.base.router.absent.add(self.job)
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors under PEFT's names."""
@@ -149,6 +178,7 @@ class LoraAttached:
     def detach(self) -> None:
         for name in self.sites:
             self.base.site(name).slots.pop(self.job, None)
+        self.base.router.absent.discard(self.job)
 
 
 class Lora:

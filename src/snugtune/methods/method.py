@@ -38,7 +38,11 @@ class Attached(Protocol):
         ...
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`, and of `release`."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory of everything that trains; `parameters` stay the same objects. Only what shares a base can."""
         ...
 
     def save(self, folder: Path) -> None:

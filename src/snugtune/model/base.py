@@ -21,7 +21,7 @@ from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
-from snugtune.model.routed import RoutedLinear, Router, route_functions
+from snugtune.model.routed import RoutedLinear, Router, Spare, route_functions
 from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
 from snugtune.types import NARROW, Batch, Plan, Segment
@@ -59,6 +59,7 @@ class Base:
         self.tokenizer = tokenizer
         self.name = name
         self.router = Router()
+        self.spare = Spare()
         self.sites: dict[str, RoutedLinear] = {}
         self.embedding_noise: dict[str, float] = {}  # job -> NEFTune's alpha
         model.get_input_embeddings().register_forward_hook(self._perturb)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from snugtune.errors import InputError
 from snugtune.model.frozen import FrozenLinear
 from snugtune.types import Segment
 
@@ -32,18 +33,52 @@ class Slot:
 
 @dataclass
 class Router:
-    """Which segments the rows of the current forward, recompute and backward belong to. One per base."""
+    """Which segments the rows of the current forward, recompute and backward belong to. One per base.
+
+    `absent`: jobs whose factors are not here for now; without them a forward would quietly be the bare base's.
+    """
 
     segments: tuple[Segment, ...] = field(default_factory=tuple)
+    absent: set[str] = field(default_factory=set)
 
     @contextmanager
     def routing(self, segments: tuple[Segment, ...]) -> Iterator[None]:
-        """Route by `segments` inside the block. For training it must span forward and backward: recompute runs there."""
+        """Route by `segments` inside the block. For training it must span forward and backward: recompute runs there.
+
+        Raises `InputError` for a job at rest.
+        """
+        away = next((segment.job for segment in segments if segment.job in self.absent), None)
+        if away is not None:
+            raise InputError(f"job '{away}' is at rest on disk; wake it first")
         before, self.segments = self.segments, segments
         try:
             yield
         finally:
             self.segments = before
+
+
+class Spare:
+    """One buffer for gradients, handed from job to job. One per base.
+
+    Fresh ones would leave holes in the heap that fill with what is smaller: with eight jobs in turns that was a gradient's
+    memory for each of them.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """Zeros, fp32 [count]."""
+        held, self.buffer = self.buffer, None
+        if held is None or len(held) < count or held.device != device:
+            return torch.zeros(count, device=device)
+        return held[:count].zero_()
+
+    def give(self, used: Tensor) -> None:
+        """It, whole, is nobody's any more. Only the larger of two is kept."""
+        whole = used if used._base is None else used._base
+        if self.buffer is None or len(self.buffer) < len(whole):
+            self.buffer = whole
 
 
 class RoutedLinear(nn.Module):
@@ -56,6 +91,10 @@ class RoutedLinear(nn.Module):
         self.name = name
         self.slots: dict[str, Slot] = {}
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.frozen.shape
 
     @property
     def weight(self) -> Tensor:

@@ -101,6 +101,7 @@ class NarrowState(torch.optim.Optimizer):
         group.update(settings, params=[flat])
         self.inner.state[flat].update(state)
         self.inner.step()
+        group["params"] = []  # else it would hold on to the weights and the gradient
         return dict(self.inner.state.pop(flat))
 
     def _widened(self, state: Mapping[str, Tensor], name: str, part: slice, blocks: slice, device: torch.device) -> Tensor:

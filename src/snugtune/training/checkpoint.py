@@ -20,6 +20,7 @@ from snugtune.errors import InputError
 from snugtune.files import read_json, whole_folder
 from snugtune.training.job import Best, Ended, Job
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.rest import write_tensors
 from snugtune.types import Plan
 
 FORMAT = 5
@@ -131,8 +132,8 @@ def save_checkpoint(
     with whole_folder(target) as made:
         numbers: dict[str, dict[str, Any]] = {job.name: {"ended": True} | job.numbers() for job in ended}
         for job in active:
-            tensors, numbers[job.name] = job.state()
-            save_file({k: v.contiguous() for k, v in tensors.items()}, made / f"{job.name}.safetensors")
+            numbers[job.name] = job.numbers()
+            write_tensors(job, made / f"{job.name}.safetensors")
         state = {
             "format": FORMAT,
             "step": step,

@@ -1,9 +1,10 @@
 """A job: one named training and where it stands."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +58,14 @@ class Job:
     failure: str | None = None  # why it was given up
     error: Exception | None = None  # what broke it, unless it diverged
     paused: bool = False  # it stands as it is, and takes no part
+    at_rest: Path | None = None  # the file that holds its weights and its optimizer's state meanwhile
     total: int = field(init=False)  # optimizer steps; 0: as many as are asked for
 
     def __post_init__(self) -> None:
         c = self.config
         self.total = c.steps or 0 if self.by_hand else total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
         self.objective = objective_of(c.objective)
+        self._outline: dict[str, dict[str, Any]] = {}  # of a job at rest: what its optimizer remembers, but for the tensors
 
     @property
     def name(self) -> str:
@@ -136,31 +139,73 @@ class Job:
         return cut_step(self.data.held_out, self.capacity, self.name, 0, self.config.seed) if self.data.held_out else []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain numbers that bring this job back exactly where it stands."""
+        """Tensors and plain numbers that bring this job back exactly where it stands. Not of a job at rest."""
+        return self.tensors(), self.numbers()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is large of the state: weights, and what the optimizer remembers. Not of a job at rest."""
+        assert self.at_rest is None
         tensors = {f"weights.{k}": v for k, v in self.attached.state().items()}
-        optimizer: dict[str, dict[str, Any]] = {}
         for index, entry in self.optimizer.state_dict()["state"].items():
-            large = {k: v for k, v in entry.items() if isinstance(v, Tensor)}
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in large.items()}
-            plain = {k: v for k, v in entry.items() if k not in large}  # what it counts in Python numbers
-            optimizer[str(index)] = {"numbers": plain, "tensors": {k: list(v.shape) for k, v in large.items()}}
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
+        return tensors
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state."""
         numbers = {name: getattr(self, name) for name in _COUNTERS}
         numbers["best"] = None if self.best is None else asdict(self.best)
         numbers["scaler"] = None if self.scaler is None else self.scaler.state_dict()
-        return tensors, numbers | {"optimizer": optimizer, "data": self.data.fingerprint}
+        return numbers | {"optimizer": self._outline or self._optimizer_outline(), "data": self.data.fingerprint}
 
-    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        named = {f"optimizer.{index}.{k}" for index, entry in numbers["optimizer"].items() for k in entry["tensors"]}
+    def _optimizer_outline(self) -> dict[str, dict[str, Any]]:
+        """Of each weight what the optimizer counts in Python numbers, and the shapes of the tensors it remembers."""
+        outline: dict[str, dict[str, Any]] = {}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            shapes = {k: list(v.shape) for k, v in entry.items() if isinstance(v, Tensor)}
+            outline[str(index)] = {"numbers": {k: v for k, v in entry.items() if k not in shapes}, "tensors": shapes}
+        return outline
+
+    def rest(self, file: Path) -> None:
+        """Let go of weights and optimizer state, which are in `file`, until `wake`. Only between two steps."""
+        self._outline = self._optimizer_outline()
+        self.at_rest = file
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.attached.release()
+        self.optimizer.state.clear()
+        self.optimizer.param_groups[0]["params"] = []  # those that look at matrices hold views of the weights
+
+    def wake(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `rest`, from what is in its file. The job is at rest still where that raises."""
+        assert self.at_rest is not None
+        try:
+            self._load_tensors(tensors, self._outline)
+        except BaseException:
+            self._let_go()
+            raise
+        self.at_rest, self._outline = None, {}
+
+    def _load_tensors(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Any]) -> None:
+        named = {f"optimizer.{index}.{k}" for index, entry in outline.items() for k in entry["tensors"]}
         if named != {key for key in tensors if key.startswith("optimizer.")}:
             raise ValueError("the optimizer's state is not that of its weights")
         state: dict[int, dict[str, Any]] = {}
-        for index, entry in numbers["optimizer"].items():
+        for index, entry in outline.items():
             large = {name: tensors[f"optimizer.{index}.{name}"] for name in entry["tensors"]}
             if any(list(tensor.shape) != entry["tensors"][name] for name, tensor in large.items()):
                 raise ValueError("the optimizer's state has other shapes than it should")
-            state[int(index)] = {**entry["numbers"], **large}
+            owned = {name: tensor.clone() for name, tensor in large.items()}  # not the file's own pages, mapped
+            state[int(index)] = {**entry["numbers"], **owned}
         self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+        if self.at_rest is not None:
+            self.optimizer.param_groups[0]["params"] = _stepped(self.attached, self.config)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """The inverse of `state`. Not of a job at rest."""
+        assert self.at_rest is None
+        self._load_tensors(tensors, numbers["optimizer"])
         for name in _COUNTERS:
             setattr(self, name, numbers[name])
         self.best = None if numbers["best"] is None else Best(**numbers["best"])
@@ -201,6 +246,10 @@ def largest_weight(attached: Attached) -> float:
     return float(torch.tensor([0.0, *norms]).max())
 
 
+Guard = Callable[[Job], AbstractContextManager[None]]
+"""What becomes of an exception in a job's own part of the work."""
+
+
 @contextmanager
 def quarantine(job: Job) -> Iterator[None]:
     """Whatever goes wrong inside the block is trouble of this job alone: it is given up, its neighbours go on.
@@ -222,15 +271,19 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     check_fits(base, config, data)
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
     attached.drop_grad()  # until its turn comes
-    weights = attached.matrices() if config.optimizer.by_matrix else attached.parameters()
     return Job(
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(weights, plan.optimizer_state),
+        optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state),
         capacity=(plan.micro_batch or max(1, FULL_FORWARD // config.max_seq_len)) * config.max_seq_len if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
+
+
+def _stepped(attached: Attached, config: JobConfig) -> Sequence[Tensor]:
+    """The weights as the optimizer is given them."""
+    return attached.matrices() if config.optimizer.by_matrix else attached.parameters()
 
 
 def length_remark(base: Base, config: JobConfig, data: JobData) -> str | None:

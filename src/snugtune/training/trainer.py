@@ -8,8 +8,9 @@ a job's step is through, that job clips its own norm, is skipped alone if that i
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
@@ -17,21 +18,23 @@ import torch
 from torch import Tensor
 
 from snugtune.data.pack import collate
-from snugtune.errors import StopRequestedError
+from snugtune.errors import InputError, StopRequestedError
+from snugtune.methods import METHODS
 from snugtune.model.base import Base
 from snugtune.model.generate import Sampling, generate
 from snugtune.objectives import Objective
 from snugtune.optim import clip_grad_norm
-from snugtune.training.job import Job, quarantine
+from snugtune.training.job import Guard, Job, quarantine
 from snugtune.training.metrics import Sample, StepMetrics
+from snugtune.training.rest import Residence
 from snugtune.training.schedule import Waiting, next_batch, schedule
 from snugtune.types import MIN_ROWS, Batch, Chunk, Plan, Segment
 
 MAX_SKIPS = 10
 """Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
 
-Guard = Callable[[Job], AbstractContextManager[None]]
-"""What becomes of an exception in a job's own part of the work."""
+LOOKAHEAD = 2
+"""Forwards' worth of chunks to choose from: a step that is begun long before its chunks can run costs a gradient's memory."""
 
 _OWN: Mapping[str, Objective] = MappingProxyType({})
 
@@ -60,13 +63,24 @@ class _Turn:
 
 
 class Trainer:
-    """Trains 1..N jobs on one base. Jobs may come and go between steps."""
+    """Trains 1..N jobs on one base. Jobs may come and go between steps.
 
-    def __init__(self, base: Base, plan: Plan, watch: Watch, stop_requested: Callable[[], bool] = lambda: False):
+    Those that rest lie in a folder in `resting`, by default in the user's cache; it is gone when the trainer is.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        plan: Plan,
+        watch: Watch,
+        stop_requested: Callable[[], bool] = lambda: False,
+        resting: Path | None = None,
+    ):
         self.base = base
         self.plan = plan
         self.watch = watch
         self.stop_requested = stop_requested
+        self.residence = Residence(plan.resident_jobs, resting, self._between_steps)
         self.jobs: dict[str, Job] = {}
         self.turns: dict[str, _Turn] = {}  # of the jobs in the middle of a step
         self.tokens, self.seconds = 0, 0.0  # of all jobs' training so far
@@ -74,21 +88,67 @@ class Trainer:
         base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
 
     def add(self, job: Job) -> None:
-        """Let `job` take part from now on. Its name must be new. One that comes late has no arrears to catch up with."""
+        """Let `job` take part from now on. Its name must be new. One that comes late has no arrears to catch up with.
+
+        Where it is one too many for the memory, another rests; raises `StorageError` when the disk does not take that.
+        """
         assert job.name not in self.jobs
+        self.residence.make_room(self.jobs.values(), job)
         if job.step == 0:
-            job.served = min((self._served(other) for other in self.jobs.values() if other.active), default=0.0)
+            job.served = self._hindmost()
         self.jobs[job.name] = job
         if job.config.neftune_noise_alpha is not None:
             self.base.embedding_noise[job.name] = job.config.neftune_noise_alpha
 
     def remove(self, name: str) -> Job:
-        """Take a job out; the base forgets it, and a step that it was in the middle of did not happen."""
+        """Take a job out; the base forgets it, and a step that it was in the middle of did not happen.
+
+        Of one at rest only its numbers are left: wake it first to have its state.
+        """
         job = self.jobs.pop(name)
+        self.residence.forget(job)
         self._forget_turn(job)
         self.base.embedding_noise.pop(name, None)
         job.attached.detach()
         return job
+
+    def rest(self, name: str) -> None:
+        """Let a job stand as it is, its state on disk: until `wake` it takes no part, and no memory.
+
+        Raises `InputError` in the middle of a step of its, `StorageError` when the disk does not take it.
+        """
+        job = self.jobs[name]
+        if not METHODS[type(job.config.method)].routable:
+            raise InputError(f"job '{name}': method {job.config.method.type} trains the base itself, which cannot rest")
+        if not self._between_steps(job):
+            raise InputError(f"job '{name}' is in the middle of a step; let it rest after that")
+        if job.at_rest is None:
+            self.residence.put(job)
+        job.paused = True
+
+    def wake(self, name: str) -> None:
+        """Bring a job back from `rest`; it takes part again, with no arrears to catch up with. Raises `StorageError`."""
+        job = self.jobs[name]
+        self._bring_in(job)
+        if job.paused:
+            job.served, job.paused = max(job.served, self._hindmost()), False
+
+    def close(self) -> None:
+        """Remove what lies on disk of jobs at rest: nothing is trained any more."""
+        self.residence.close()
+
+    def _between_steps(self, job: Job) -> bool:
+        return job.name not in self.turns and all(weight.grad is None for weight in job.attached.parameters())
+
+    def _bring_in(self, job: Job) -> None:
+        """Have a job's state in memory. Raises `StorageError` where it cannot be read."""
+        if job.at_rest is not None:
+            self.residence.make_room(self.jobs.values(), job, quarantine)
+            self.residence.take(job)
+
+    def _hindmost(self) -> float:
+        """Virtual tokens of the job that is furthest behind, 0 where there is none."""
+        return min((self._served(job) for job in self.jobs.values() if job.active), default=0.0)
 
     def step(self) -> list[StepMetrics]:
         """Work until at least one job has completed an optimizer step; [] when none has any left to do.
@@ -131,9 +191,10 @@ class Trainer:
         """
         if sizes is None:
             sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
-        for attached in (self.jobs[name].attached for name in queues):
-            if any(weight.grad is None for weight in attached.parameters()):
-                attached.zero_grad()
+        for job in (self.jobs[name] for name in queues):
+            self._bring_in(job)
+            if any(weight.grad is None for weight in job.attached.parameters()):
+                job.attached.zero_grad()
         losses = {name: torch.zeros((), device=self.base.device) for name in queues}
         for chunks in schedule(queues, self.plan.fused_tokens):
             for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext(), objectives or {}).items():
@@ -154,19 +215,22 @@ class Trainer:
     def _waiting(self) -> list[Waiting]:
         """The jobs whose next chunk could go next. Taking turns, the one that has begun its step ends it first:
 
-        there are never more gradients than those of one job.
+        there are never more gradients than those of one job. Sharing, no more begin than there is enough to choose from.
         """
-        due = [job for job in self.jobs.values() if job.active]
+        due = sorted((job for job in self.jobs.values() if job.active), key=self._served)  # stable
         if not self.plan.fused_tokens:
-            begun = [job for job in due if job.name in self.turns]
-            due = begun or sorted(due, key=self._served)  # stable
-        waiting = []
+            due = [job for job in due if job.name in self.turns] or due
+        places = self.residence.places(self.jobs.values(), least=0 if self.turns else 1)
+        tokens, waiting = 0, list[Waiting]()
         for job in due:
-            if job.name in self.turns or self._begin(job):
-                turn = self.turns[job.name]
-                waiting.append(Waiting(job.name, len(turn.chunks[turn.done].tokens), self._served(job)))
-                if not self.plan.fused_tokens:
-                    break
+            if job.name not in self.turns:
+                enough = bool(waiting) and tokens >= LOOKAHEAD * self.plan.fused_tokens
+                if enough or not places or not job.active or not self._begin(job):
+                    continue
+                places -= 1
+            turn = self.turns[job.name]
+            waiting.append(Waiting(job.name, len(turn.chunks[turn.done].tokens), self._served(job)))
+            tokens += waiting[-1].tokens
         return waiting
 
     def _served(self, job: Job) -> float:
@@ -176,6 +240,7 @@ class Trainer:
     def _begin(self, job: Job) -> bool:
         """Open the job's next step; whether that went well."""
         with quarantine(job):
+            self._bring_in(job)
             chunks = job.chunks()
             size = sum(job.objective.size(c) for c in chunks)
             job.attached.zero_grad()
@@ -269,6 +334,7 @@ class Trainer:
 
     def evaluate(self, job: Job) -> tuple[float, int]:
         """(mean loss, label tokens) over the job's held-out examples, of which there is at least one."""
+        self._bring_in(job)
         chunks = job.evaluation_chunks()
         total, size = 0.0, sum(job.objective.size(c) for c in chunks)
         training = self.base.model.training
@@ -311,6 +377,7 @@ class Trainer:
         job = self.jobs[metrics.job]
         if not job.samples_due(metrics.step):
             return []
+        self._bring_in(job)
         stops, how = job.data.prompts[0].stops, Sampling(max_new_tokens=job.config.samples.max_new_tokens)
         answers = generate(self.base, job.name, [p.tokens for p in job.data.prompts], stops, how)
         pairs = enumerate(zip(job.data.prompts, answers, strict=True))
