@@ -206,7 +206,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before what modules compute once, whose bits depend on it
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Unit tests compute on tiny tensors: more threads only make them wait for each other, badly so on a busy machine."""
     before = torch.get_num_threads()

@@ -342,12 +342,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     return found | {"three": bits(trainer, "three")}
 
 
-@pytest.mark.parametrize(("seed", "fused"), [(0, 0), (1, 96), (2, 200)])
+@pytest.mark.parametrize(("seed", "fused", "resident"), [(0, 0, 0), (1, 96, 0), (2, 200, 0), (3, 0, 1), (4, 96, 2)])
 def test_verbs_in_any_order_leave_every_job_its_bits(
-    seed: int, fused: int, alone: dict[str, dict[str, Tensor]], data: str
+    seed: int, fused: int, resident: int, alone: dict[str, dict[str, Tensor]], data: str
 ) -> None:
-    """Two jobs by hand and two with data, whose steps begin and end in between."""
-    trainer = live(fused_tokens=fused)
+    """Two jobs by hand and two with data, whose steps begin and end in between; `resident`: how many are in memory."""
+    trainer = live(fused_tokens=fused, resident_jobs=resident)
     todo = [_programme(trainer.add(_hand_driven(name, rank)), examples) for name, (rank, examples) in BY_HAND.items()]
     trainer.add(SCHEDULED | {"data": data})
     trainer.add(SCHEDULED | {"name": "four", "data": data, "steps": 3, "seed": 9})
@@ -358,7 +358,24 @@ def test_verbs_in_any_order_leave_every_job_its_bits(
         left[int(torch.randint(len(left), (1,), generator=generator))].pop(0)()
     assert inner(trainer, "three").finished and inner(trainer, "four").finished
     for name, truth in alone.items():
+        trainer.wake(name)
         assert same(bits(trainer, name), truth), name
+
+
+def test_a_job_at_rest_takes_no_part_until_a_verb_wakes_it(data: str) -> None:
+    trainer, examples = live(), invented(9, 30)
+    scheduled, by_hand = trainer.add(SCHEDULED | {"data": data}), trainer.add(FIELDS | {"name": "by-hand"})
+    before = bits(trainer, scheduled.name)
+    trainer.rest(scheduled.name)
+    assert trainer.step() == [] and inner(trainer, scheduled.name).at_rest is not None
+    by_hand.forward_backward(examples)
+    with pytest.raises(InputError, match="in the middle of a step"):
+        trainer.rest("by-hand")
+    assert all(torch.isfinite(logprobs).all() for logprobs in scheduled.logprobs(examples))
+    assert inner(trainer, scheduled.name).at_rest is None and same(bits(trainer, scheduled.name), before)
+    assert [m.job for m in trainer.step()] == [scheduled.name]
+    with pytest.raises(InputError, match="there is no job 'nobody'"):
+        trainer.rest("nobody")
 
 
 def test_a_step_applies_its_own_gradient_alone() -> None:

@@ -65,10 +65,18 @@ class LiveTrainer:
 
     def remove(self, name: str) -> None:
         """Let a job go, and what it trained since it was last saved. Its verbs are refused from now on."""
-        trainer = self._bench.trainer
-        if name not in trainer.jobs:
-            raise InputError(f"there is no job '{name}'; there are {', '.join(trainer.jobs) or 'none'}")
-        trainer.remove(name)
+        self._known(name).remove(name)
+
+    def rest(self, name: str) -> None:
+        """Let a job stand as it is, its adapter and optimizer state on disk: it takes no part in `step`, and no memory.
+
+        `wake`, and each of its own verbs, bring it back. Raises `InputError` in the middle of a step of its.
+        """
+        self._known(name).rest(name)
+
+    def wake(self, name: str) -> None:
+        """Bring a job back from `rest`."""
+        self._known(name).wake(name)
 
     def step(self) -> list[StepMetrics]:
         """Work until at least one of the jobs with data has completed an optimizer step; [] when none has any left to do.
@@ -89,12 +97,20 @@ class LiveTrainer:
         if trainer is not None:
             for name in list(trainer.jobs):
                 trainer.remove(name)
+            trainer.close()
 
     def __enter__(self) -> "LiveTrainer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _known(self, name: str) -> Trainer:
+        """The trainer, which must have such a job."""
+        trainer = self._bench.trainer
+        if name not in trainer.jobs:
+            raise InputError(f"there is no job '{name}'; there are {', '.join(trainer.jobs) or 'none'}")
+        return trainer
 
     def _check_room(self, config: JobConfig) -> None:
         trainer = self._bench.trainer
@@ -107,8 +123,8 @@ class LiveTrainer:
 
     def _check_gradients(self) -> None:
         """Once, with the first job's adapter in place."""
-        if not self._checked and (checked := check_gradients(self._bench.trainer.base)):
-            self.notes.append(f"checked: gradients of {checked} linears agree with plain autograd")
+        if not self._checked and (checked := check_gradients(self._bench.trainer.base)).linears:
+            self.notes.append(f"checked: {checked}")
         self._checked = True
 
     def _evaluated(self, trainer: Trainer, metrics: StepMetrics) -> StepMetrics:

@@ -241,6 +241,7 @@ class LiveJob:
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state, of this job or one like it; a gradient accumulated so far is dropped."""
         trainer, job = self._at_work(well=False)
+        trainer.wake(job.name)
         served = job.served
         load_job(user_path(str(path), "path"), job, trainer.base.fingerprint)
         job.served = served  # its share of the tokens is counted from where it joined
@@ -249,13 +250,15 @@ class LiveJob:
         self._drop(job)
 
     def _at_work(self, well: bool = True) -> tuple[Trainer, Job]:
-        """The trainer and the job, which must still be there; `well`: and must not have been given up."""
+        """The trainer and the job, which must still be there; `well`: and must not have been given up, and is awake then."""
         trainer = self._bench.trainer
         job = trainer.jobs.get(self.name)
         if job is None or job is not self._job():
             raise InputError(f"job '{self.name}' was removed; add it anew")
         if well and job.failure is not None:
             raise failure_of(job)
+        if well and job.at_rest is not None:
+            trainer.wake(job.name)
         return trainer, job
 
     def _by_hand(self) -> tuple[Trainer, Job]:
