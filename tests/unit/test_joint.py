@@ -262,7 +262,7 @@ def test_a_function_shares_out_a_segments_rows_as_if_alone(threads: int) -> None
 
 def test_products_that_depend_on_their_neighbours_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def matmul(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return x @ other + (1e-3 if len(x) == 23 else 0)
+        return x @ other + (1e-3 if len(x) == 17 else 0)
 
     monkeypatch.setattr(proofs.torch, "matmul", matmul)
     assert not tiny_base().rows_are_independent(64)

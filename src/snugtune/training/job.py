@@ -87,7 +87,7 @@ class Job:
     @property
     def active(self) -> bool:
         """Whether it has steps to do that can be scheduled."""
-        return not (self.ended or self.paused or self.by_hand)
+        return not (self.paused or self.by_hand or self.ended)
 
     @property
     def stopped_early(self) -> bool:
