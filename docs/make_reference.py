@@ -21,7 +21,7 @@ from snugtune import errors
 from snugtune.cli import app
 from snugtune.config import JobConfig, JobFields, RunConfig
 from snugtune.data.sources import SourceConfig
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 from snugtune.schema import Config
 from snugtune.training.metrics import Sample, StepMetrics
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snugtune.config import RunConfig
     from snugtune.live import LiveTrainer
-    from snugtune.run import RunResult
+    from snugtune.observer import RunResult
     from snugtune.tuned import Tuned
 
 # On CPU it warns, as soon as anything imports it (PEFT does), that it lacks a kernel which is never called here.

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from snugtune.errors import InputError
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics, by_job, mean_ends, steps_of_mean
 

@@ -88,6 +88,12 @@ def _swap(made: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing came into."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Undo what a killed process was still writing anywhere below `folder`: unfinished goes, replaced comes back."""
     for path in list(folder.rglob(f"{_REPLACED}*")):

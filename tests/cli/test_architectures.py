@@ -25,7 +25,7 @@ from snugtune.memory.plan import make_plan
 from snugtune.methods.lora import Lora
 from snugtune.model.base import load_base
 from snugtune.model.source import find_model, mute
-from snugtune.run import Silent
+from snugtune.observer import Silent
 from snugtune.run import train as train_watched
 from snugtune.training.metrics import StepMetrics
 

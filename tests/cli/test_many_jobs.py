@@ -35,7 +35,8 @@ from conftest import tiny_config, tiny_tokenizer
 from snugtune.config import read_config, to_config
 from snugtune.errors import InputError, JobFailedError
 from snugtune.objectives.sft import Sft
-from snugtune.run import RunResult, Silent, train
+from snugtune.observer import RunResult, Silent
+from snugtune.run import train
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import snugtune
+import snugtune.observer
+import snugtune.prepare
 import snugtune.run
 from conftest import relative, sequences, tiny_model, tiny_tokenizer
 from quantised import loaded
@@ -38,7 +40,7 @@ PINS: dict[str, dict[str, Any]] = {
 LORA = {"type": "lora", "r": 4, "lora_dropout": 0.1}
 
 
-class Interrupting(snugtune.run.Silent):
+class Interrupting(snugtune.observer.Silent):
     """Presses Ctrl-C when the metrics of a step are out; remembers what was said."""
 
     def __init__(self, step: int):
@@ -129,7 +131,7 @@ def test_a_run_goes_on_where_it_was_interrupted(kind: str, place: Path) -> None:
 
 def test_the_check_changes_no_bit_of_a_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert here("train", _config(place, "checked", PINS["nf4"])).code == 0
-    monkeypatch.setattr(snugtune.run, "check_gradients", lambda base: Checked(0, 0))
+    monkeypatch.setattr(snugtune.prepare, "check_gradients", lambda base: Checked(0, 0))
     assert here("train", _config(place, "unchecked", PINS["nf4"])).code == 0
     assert _equal(_adapter(place / "checked"), _adapter(place / "unchecked"))
 

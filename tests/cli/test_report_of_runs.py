@@ -7,7 +7,8 @@ import pytest
 from common import here, messages, write_lines
 
 from snugtune.config import RunConfig
-from snugtune.run import Silent, train
+from snugtune.observer import Silent
+from snugtune.run import train
 from snugtune.training.metrics import StepMetrics
 
 

@@ -15,7 +15,8 @@ from common import here, messages, metrics_of, write_config, write_lines
 from snugtune import tracking
 from snugtune.config import RunConfig
 from snugtune.errors import InputError
-from snugtune.run import Silent, train
+from snugtune.observer import Silent
+from snugtune.run import train
 from snugtune.training.metrics import StepMetrics
 
 Points = dict[str, list[tuple[int, float]]]

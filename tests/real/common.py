@@ -18,7 +18,7 @@ from conftest import packed
 from snugtune.config import JobConfig, to_config
 from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
-from snugtune.run import Observer, RunResult
+from snugtune.observer import Observer, RunResult
 from snugtune.run import train as run_train
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job

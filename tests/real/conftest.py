@@ -11,7 +11,7 @@ from real.common import CONVERSATIONS, RUN, labelled, plan, train, write_data
 from snugtune import tuned
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import ModelSource, find_model
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from real.common import CONVERSATIONS, END
 from snugtune.export import export
 from snugtune.model.generate import Sampling
 from snugtune.model.source import mute
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 from snugtune.tuned import Tuned, load
 
 pytestmark = pytest.mark.real

@@ -16,7 +16,7 @@ from real.common import CONVERSATIONS, labelled, mean_nll, one_job, plan, train,
 from snugtune.data.mix import step_indices
 from snugtune.errors import Interrupted
 from snugtune.methods.full import FullAttached
-from snugtune.run import Silent
+from snugtune.observer import Silent
 from snugtune.training.metrics import StepMetrics
 
 pytestmark = pytest.mark.real

@@ -16,7 +16,7 @@ from conftest import lora_gradients, peft_twin, relative, shake
 from real.common import IGNORE, accumulate, lora, mean_nll, mean_nll_one_by_one, one_job, peft_gradients, plan, whole
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import ModelSource
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 
 pytestmark = pytest.mark.real
 

@@ -8,7 +8,7 @@ import snugtune
 from real.common import CONVERSATIONS, RUN
 from real.pages import ROOT, Reader, blocks
 from snugtune.data.mix import step_indices
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 
 PAGE = blocks(ROOT / "docs" / "live.md")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from conftest import relative
 from real.common import RUN, mean_nll
 from snugtune.data.mix import step_indices
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 
 pytestmark = pytest.mark.real
 

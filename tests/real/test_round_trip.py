@@ -15,7 +15,7 @@ from snugtune.export import export
 from snugtune.methods.lora import Lora
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import find_model, mute
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 from snugtune.tuned import load
 
 pytestmark = pytest.mark.real

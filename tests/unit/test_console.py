@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from snugtune.console import Console, arranged, quiet_libraries, shortened
-from snugtune.run import RunResult
+from snugtune.observer import RunResult
 from snugtune.training.metrics import StepMetrics
 
 LONG = "a-job-whose-name-says-everything-about-it-and-a-bit-more-0123456"

@@ -24,7 +24,8 @@ from snugtune.memory.plan import make_plan
 from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
 from snugtune.model.generate import Sampling, generate
-from snugtune.run import RunResult, Silent, train
+from snugtune.observer import RunResult, Silent
+from snugtune.run import train
 from snugtune.training.checkpoint import save_checkpoint
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job

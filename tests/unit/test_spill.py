@@ -26,7 +26,8 @@ from snugtune.memory.plan import make_plan
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.model.base import Base
 from snugtune.model.spill import WRITES_AHEAD, Disk, OnDisk, Spill
-from snugtune.run import Silent, train
+from snugtune.observer import Silent
+from snugtune.run import train
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
 from snugtune.training.metrics import StepMetrics

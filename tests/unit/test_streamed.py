@@ -30,7 +30,8 @@ from snugtune.model.generate import Sampling, generate
 from snugtune.model.offload import SOURCES
 from snugtune.model.source import ModelSource
 from snugtune.model.stream import FileSource, ReadInto, Stream, StreamedLinear
-from snugtune.run import Silent, train
+from snugtune.observer import Silent
+from snugtune.run import train
 from snugtune.types import Plan
 
 DEPTH: dict[str, dict[str, Any]] = {"gpt2": {"n_layer": 5}, "gemma2": {"num_hidden_layers": 5, "tie_word_embeddings": True}}

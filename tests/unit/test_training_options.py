@@ -20,9 +20,10 @@ from snugtune.config import JobConfig, to_config
 from snugtune.data.pack import collate, make_chunk
 from snugtune.errors import InputError, Interrupted
 from snugtune.methods.lora import Lora, LoraConfig
+from snugtune.observer import Silent
 from snugtune.optim import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
 from snugtune.report import write_report
-from snugtune.run import Silent, train
+from snugtune.run import train
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics

@@ -18,7 +18,7 @@ from snugtune.model.load import load_config, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.selftest import check_gradients
 from snugtune.model.source import find_model
-from snugtune.run import proved
+from snugtune.prepare import proved
 from snugtune.training.examples import JobData, read_job, tokenize_job
 from snugtune.training.job import length_remark, quarantine, start_job
 from snugtune.training.metrics import StepMetrics

@@ -1,0 +1,129 @@
+"""From a config to a session that can train: data read, plan made, base loaded, jobs started or restored."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from snugtune.config import RunConfig
+from snugtune.data.cache import tokenizer_identity
+from snugtune.errors import (
+    InputError,
+)
+from snugtune.files import remove_if_empty, user_path
+from snugtune.folder import RunFolder
+from snugtune.interrupt import Stop
+from snugtune.memory.budget import Watch, give_back_large_blocks
+from snugtune.memory.plan import Planned, make_plan
+from snugtune.model.base import Base, load_base
+from snugtune.model.load import load_config, stored_width
+from snugtune.model.proofs import obstacle_to_sharing
+from snugtune.model.selftest import check_gradients
+from snugtune.model.source import ModelSource, Say, find_model
+from snugtune.observer import Observer
+from snugtune.session import Session
+from snugtune.training.checkpoint import Checkpoint, latest_checkpoint
+from snugtune.training.examples import JobText, read_job, tokenize_job
+from snugtune.training.job import length_remark, start_job
+from snugtune.training.metrics import StepMetrics
+from snugtune.training.trainer import Trainer
+from snugtune.types import NARROW
+
+
+def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
+    """Read data, plan, load the base and start or restore every job; from then on there is a state to save.
+
+    Writes nothing but jobs at rest.
+    """
+    folder = RunFolder(user_path(config.output, "output"))
+    texts = {job.name: read_job(job) for job in config.resolved_jobs()}
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    source = find_model(config.model, observer.note)
+    model_config = load_config(source, config.trust_remote_code)
+    planned = (
+        make_plan(config, stored_width(source, model_config), obstacle_to_sharing(model_config))
+        if checkpoint is None
+        else _planned_before(checkpoint)
+    )
+    torch.set_num_threads(planned.plan.threads)
+    if planned.plan.offload == "weights" and give_back_large_blocks():
+        observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
+    watch = Watch(planned.plan.device)
+    base = _load(source, planned, checkpoint, config, observer)
+    planned = proved(planned, base, config.plan.execution == "fused", observer.note)
+    trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
+    session = Session(config, folder, planned, trainer, told=folder.read_jobs())
+    try:
+        _start_jobs(session, texts, checkpoint, observer)
+    except BaseException:
+        trainer.close()
+        remove_if_empty(folder.path)
+        raise
+    if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)).linears:
+        observer.note(f"checked: {checked}")
+    if checkpoint is None:
+        session.pending = trainer.start_metrics()
+    else:
+        session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
+        session.saved, session.earlier = (session.step, frozenset(trainer.jobs)), len(session.ended)
+        observer.note(f"resuming after {session.place}")
+    stop.saves = True
+    return session
+
+
+def _start_jobs(session: Session, texts: Mapping[str, JobText], checkpoint: Checkpoint | None, observer: Observer) -> None:
+    """Tokenise the jobs' data, and start or restore each."""
+    trainer, base, plan = session.trainer, session.trainer.base, session.planned.plan
+    identity = tokenizer_identity(base.tokenizer)
+    for job_config in session.config.resolved_jobs():
+        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)
+        for remark in data.remarks:
+            observer.note(f"data ({job_config.name}): {remark}")
+        session.data[job_config.name] = data.summary()
+        if checkpoint is not None and (ended := checkpoint.ended(job_config)) is not None:
+            session.ended.append(ended)
+            continue
+        job = start_job(base, job_config, data, plan)
+        if remark := length_remark(base, job_config, data):
+            observer.note(f"data ({job.name}): {remark}")
+        if checkpoint is not None:
+            checkpoint.restore(job)
+        trainer.add(job)
+
+
+def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, config: RunConfig, observer: Observer) -> Base:
+    """The base, with what there is to say of it. Raises `InputError` where it is not that of the checkpoint."""
+    for reason in planned.reasons:
+        observer.note(f"plan: {reason}")
+    base = load_base(source, planned.plan, config.trust_remote_code, observer.note)
+    for note in base.notes:
+        observer.note(f"model: {note}")
+    if checkpoint is not None and checkpoint.base != base.fingerprint:
+        raise InputError(
+            f"model: '{base.name}' has other weights now than {checkpoint.folder} was trained on; bring them back, "
+            "or give a new output folder"
+        )
+    return base
+
+
+def proved(planned: Planned, base: Base, pinned: bool, note: Say) -> Planned:
+    """The plan, with jobs in turns where this base or this machine cannot lay them side by side. `pinned`: they were to be."""
+    capacity = planned.plan.fused_tokens
+    if not capacity:
+        return planned
+    if base.apart is not None and pinned:
+        raise InputError(f"plan.execution: fused cannot be on '{base.name}' ({base.apart}); use interleaved")
+    if base.apart is None and base.rows_are_independent(capacity):
+        return planned
+    if pinned:
+        note("plan: matrix products here give a row other last bits among others: fused, as asked, no job is as if alone")
+        return planned
+    why = base.apart or "matrix products here give a row other last bits among others"
+    note(f"plan: jobs take turns after all ({why})")
+    return replace(planned, plan=replace(planned.plan, fused_tokens=0))
+
+
+def _planned_before(checkpoint: Checkpoint) -> Planned:
+    if checkpoint.plan.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{checkpoint.folder}: this run was started on cuda, which is not here; resume it where it began")
+    return Planned(checkpoint.plan, ("as planned when the run began",))
