@@ -77,7 +77,7 @@ def place(tmp_path: Path, arch: str) -> Path:
 
 def _interrupted_and_resumed(config: dict[str, Any]) -> None:
     """Interrupted between two checkpoints; the same call then goes on."""
-    with pytest.raises(Interrupted, match="interrupted at step (2 to )?3"):
+    with pytest.raises(Interrupted, match=r"interrupted at step (2 to )?3"):
         train_watched(to_config(config), InterruptedAfter(3))
     assert not snugtune.train(config).already_finished
 
