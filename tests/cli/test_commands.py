@@ -115,6 +115,7 @@ def test_train_writes_the_run_folder(trained: Trained) -> None:
     assert files_below(trained.run) == {
         "config.yaml",
         "data.json",
+        "jobs.json",
         "plan.json",
         "report.html",
         "metrics.jsonl",
