@@ -198,7 +198,7 @@ class JobConfig(JobFields):
 
     name: str = Field(default=DEFAULT_JOB, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description=_NAMES)
     weight: float = Field(
-        default=1.0, gt=0, le=1e6, description="this job's share of the tokens, as long as others train; 2: twice those of a 1"
+        default=1.0, ge=1e-6, le=1e6, description="this job's share of the tokens, as long as others train; 2: twice those of a 1"
     )
 
     @model_validator(mode="after")

@@ -7,14 +7,12 @@ import torch
 
 from snugtune.config import RunConfig
 from snugtune.data.cache import tokenizer_identity
-from snugtune.errors import (
-    InputError,
-)
+from snugtune.errors import InputError
 from snugtune.files import remove_if_empty, user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.memory.budget import Watch, give_back_large_blocks
-from snugtune.memory.plan import Planned, make_plan
+from snugtune.memory.plan import Planned, make_plan, settled
 from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
@@ -23,8 +21,8 @@ from snugtune.model.source import ModelSource, Say, find_model
 from snugtune.observer import Observer
 from snugtune.session import Session
 from snugtune.training.checkpoint import Checkpoint, latest_checkpoint
-from snugtune.training.examples import JobText, read_job, tokenize_job
-from snugtune.training.job import length_remark, start_job
+from snugtune.training.examples import JobData, JobText, read_job, tokenize_job
+from snugtune.training.job import chunk_tokens, length_remark, start_job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW
@@ -50,17 +48,23 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device)
     base = _load(source, planned, checkpoint, config, observer)
+    data = _tokenised(config, texts, base, observer)
+    if checkpoint is None and config.plan.execution == "auto":
+        planned, news = settled(planned, [chunk_tokens(job, data[job.name], planned.plan) for job in config.resolved_jobs()])
+        if news:
+            observer.note(f"plan: {news}")
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
+    session.data = {name: known.summary() for name, known in data.items()}
     try:
-        _start_jobs(session, texts, checkpoint, observer)
+        _start_jobs(session, data, checkpoint, observer)
+        if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)).linears:
+            observer.note(f"checked: {checked}")
     except BaseException:
         trainer.close()
         remove_if_empty(folder.path)
         raise
-    if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)).linears:
-        observer.note(f"checked: {checked}")
     if checkpoint is None:
         session.pending = trainer.start_metrics()
     else:
@@ -71,20 +75,25 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     return session
 
 
-def _start_jobs(session: Session, texts: Mapping[str, JobText], checkpoint: Checkpoint | None, observer: Observer) -> None:
-    """Tokenise the jobs' data, and start or restore each."""
+def _tokenised(config: RunConfig, texts: Mapping[str, JobText], base: Base, observer: Observer) -> dict[str, JobData]:
+    """Each job's data, with what there is to say of it."""
+    identity, found = tokenizer_identity(base.tokenizer), dict[str, JobData]()
+    for job in config.resolved_jobs():
+        found[job.name] = tokenize_job(job, texts[job.name], base.tokenizer, observer.track, observer.note, identity)
+        for remark in found[job.name].remarks:
+            observer.note(f"data ({job.name}): {remark}")
+    return found
+
+
+def _start_jobs(session: Session, data: Mapping[str, JobData], checkpoint: Checkpoint | None, observer: Observer) -> None:
+    """Start each job, or restore it."""
     trainer, base, plan = session.trainer, session.trainer.base, session.planned.plan
-    identity = tokenizer_identity(base.tokenizer)
     for job_config in session.config.resolved_jobs():
-        data = tokenize_job(job_config, texts[job_config.name], base.tokenizer, observer.track, observer.note, identity)
-        for remark in data.remarks:
-            observer.note(f"data ({job_config.name}): {remark}")
-        session.data[job_config.name] = data.summary()
         if checkpoint is not None and (ended := checkpoint.ended(job_config)) is not None:
             session.ended.append(ended)
             continue
-        job = start_job(base, job_config, data, plan)
-        if remark := length_remark(base, job_config, data):
+        job = start_job(base, job_config, data[job_config.name], plan)
+        if remark := length_remark(base, job_config, job.data):
             observer.note(f"data ({job.name}): {remark}")
         if checkpoint is not None:
             checkpoint.restore(job)

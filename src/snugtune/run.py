@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import NoReturn
 
 from snugtune.config import JobConfig, RunConfig
@@ -99,8 +99,11 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
     """Raise what is to be told of the jobs that did not end well; the state of all is saved, the results of others shown."""
     if len(session.all_jobs) > 1:
         observer.results(_result(session.folder, session.config.resolved_jobs(), seconds=seconds))
-    with suppress(StorageError):  # a full disk is told of as what it did to the jobs
+    kept = True
+    try:
         session.save()
+    except StorageError:  # told of as what it did to the jobs
+        kept = False
     bugs = [error for error in session.errors.values() if not isinstance(error, SnugtuneError)]
     given_up = [job for job in session.ended if job.failure]
     failures = [str(job.failure) for job in given_up]
@@ -112,7 +115,8 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
             bugs[0].add_note(told)
         raise bugs[0]
     if waiting:
-        raise StorageError("; ".join([*failures, *waiting]))
+        unkept = [] if kept else ["nor could their state be saved: the same command goes on from the checkpoint before"]
+        raise StorageError("; ".join([*failures, *waiting, *unkept]))
     diverged = not session.errors and all(job in session.ended[session.earlier :] for job in given_up)  # else nobody knows
     kind = DivergedError if diverged else JobFailedError
     raise kind("; ".join(failures))
@@ -148,8 +152,11 @@ def _report(folder: RunFolder, observer: Observer) -> None:
 
 
 def _loop(session: Session, logs: Logs, observer: Observer) -> None:
-    """Steps until every job is done; evaluations and checkpoints where they are due."""
-    trainer = session.trainer
+    """Steps until every job is done; evaluations and checkpoints where they are due.
+
+    Jobs that the disk refused are tried once more when the others are done.
+    """
+    trainer, tried = session.trainer, False
     _tell(session, observer, at_once=True)
     while True:
         while session.pending:
@@ -157,12 +164,25 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
         session.retire(observer.note)
         _tell(session, observer)
         if not any(job.active for job in trainer.jobs.values()):
-            break
-        if session.save_is_due():
+            if tried or not session.parked:
+                return
+            tried = True
+            session.unpark()
+        elif session.save_is_due():
             logs.sync()
-            session.save()
-        session.pending = trainer.step()
-    session.try_parked(observer.note)
+            _checkpoint(session, observer)
+        if not session.pending:
+            session.pending = trainer.step()
+
+
+def _checkpoint(session: Session, observer: Observer) -> None:
+    """Write one. Where the disk refuses it, a job alone stops there; many go on, since it may be the file of one of them."""
+    try:
+        session.save()
+    except StorageError as error:
+        if len(session.all_jobs) == 1:
+            raise
+        observer.note(f"no checkpoint at {session.place}, the jobs go on: {error}")
 
 
 def _report_step(session: Session, logs: Logs, observer: Observer) -> None:

@@ -84,9 +84,13 @@ class Session:
         return max(job.total for job in self.all_jobs)
 
     def save(self) -> None:
-        """Write a checkpoint of the state after the last whole step, unless there is one."""
+        """Write a checkpoint of the state after the last whole step, unless there is one. Raises `StorageError`.
+
+        None is written while a job rests in a file that cannot be read: the last one has what it was.
+        """
+        lost = any(self.trainer.jobs[name].at_rest is not None for name in self.parked)
         state = self.step, frozenset(self.trainer.jobs)
-        if state != self.saved:
+        if state != self.saved and not lost:
             root, keep, base = self.folder.checkpoints, self.config.keep_checkpoints, self.trainer.base.fingerprint
             active = list(self.trainer.jobs.values())
             save_checkpoint(root, self.step, self.planned.plan, base, active, self.ended, [*self.pending, *self.held_back], keep)
@@ -105,7 +109,7 @@ class Session:
             except StorageError:
                 job.best, job.to_beat, job.stale = before  # as if it were not judged yet
                 raise
-        if job.ended and self._best_is_earlier(job):
+        if (job.finished or job.stopped_early) and self._best_is_earlier(job):
             load_best(self.folder.checkpoints, job)
 
     @staticmethod
@@ -142,12 +146,12 @@ class Session:
         note(f"{job.name}: waits as it is, the others go on: {self.parked[job.name]}")
         return True
 
-    def try_parked(self, note: Callable[[str], None]) -> None:
-        """Save the results of parked jobs after all, where the disk takes them by now."""
-        for name in [name for name in self.parked if self.trainer.jobs[name].ended]:
-            del self.parked[name]
+    def unpark(self) -> None:
+        """Let parked jobs go on where they stood: the disk may take them by now."""
+        for name in self.parked:
             self.trainer.jobs[name].paused = False
-        self.retire(note)
+        self.parked.clear()
+        self.pending, self.held_back = [*self.pending, *self.held_back], []
 
     def finish(self, job: Job, note: Callable[[str], None]) -> None:
         """Save the result of a job that has ended well: its last state, or its best."""

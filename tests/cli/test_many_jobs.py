@@ -31,9 +31,10 @@ from common import (
     write_lines,
 )
 
+import snugtune.session
 from conftest import tiny_config, tiny_tokenizer
 from snugtune.config import read_config, to_config
-from snugtune.errors import InputError, JobFailedError
+from snugtune.errors import InputError, JobFailedError, StorageError
 from snugtune.objectives.sft import Sft
 from snugtune.observer import RunResult, Silent
 from snugtune.run import train
@@ -241,16 +242,57 @@ def test_the_disk_refuses_one_job(tmp_path: Path, model_folder: Path, where: str
     assert {name: (place / "run/adapters" / name).stat().st_mtime_ns for name in since} == since
 
 
-def test_an_adapter_too_large_for_the_disk(tmp_path: Path, model_folder: Path) -> None:
+@pytest.mark.parametrize(("what", "call"), [("save_best", 1), ("save_best", -1), ("save_artefact", 0)])
+def test_a_disk_that_refuses_for_a_while(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, call: int
+) -> None:
+    """One job is refused once, in mid-run or at its last step, and tried again when the others are done: as if it never was."""
+    wide = WIDE | {"keep_best": True, "eval_every": 2}
+    truth, place = new(tmp_path / "truth"), new(tmp_path / "place")
+    for folder in (truth, place):
+        write_run(folder, model_folder, [LONG, wide, SHORT])
+    real, calls = getattr(snugtune.session, what), list[str]()
+
+    def name_of(arguments: tuple[Any, ...]) -> str:
+        return next(a.name for a in arguments if isinstance(a, Job))
+
+    def counting(*arguments: Any) -> None:
+        calls.append(name_of(arguments))
+        real(*arguments)
+
+    monkeypatch.chdir(truth)
+    monkeypatch.setattr(snugtune.session, what, counting)
+    train(read_config("config.yaml"))
+    refused_at = range(calls.count("wide"))[call]
+    calls.clear()
+
+    def refusing(*arguments: Any) -> None:
+        calls.append(name_of(arguments))
+        if calls[-1] == "wide" and calls.count("wide") == refused_at + 1:
+            raise StorageError("cannot write: no space")
+        real(*arguments)
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(snugtune.session, what, refusing)
+    train(read_config("config.yaml"))
+    assert calls.count("wide") > refused_at + 1
+    assert told(place) == {"long": "finished", "wide": "finished", "short": "finished"}
+    assert adapters(place) == adapters(truth) and by_job(place) == by_job(truth)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1000, 2])
+def test_an_adapter_too_large_for_the_disk(tmp_path: Path, model_folder: Path, checkpoint_every: int) -> None:
     """No room for the large one alone, nor for a checkpoint: the small ones' adapters are there, and equal."""
     jobs = [{"name": "small", "steps": 4, "method": {"r": 2}}, {"name": "large", "steps": 3, "method": {"r": 64}}]
     truth, place = new(tmp_path / "truth"), new(tmp_path / "place")
     for folder in (truth, place):
-        write_run(folder, model_folder, jobs, checkpoint_every=1000)
+        write_run(folder, model_folder, jobs, checkpoint_every=checkpoint_every)
     assert run(truth).code == 0
     limit = len(adapters(truth)["large"]) - 100
     assert len(adapters(truth)["small"]) < limit // 4
-    assert_refused(run(place, Trouble(file_limit=limit)), "cannot write", "adapters/large", "File too large")
+    ran = run(place, Trouble(file_limit=limit))
+    assert_refused(ran, "cannot write", "adapters/large", "File too large", "goes on from the checkpoint before")
+    assert ("no checkpoint at step" in ran.err) == (checkpoint_every == 2)
     assert told(place) == {"small": "finished", "large": "parked"}
     assert adapters(place) == {"small": adapters(truth)["small"]}
     assert run(place).code == 0

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,15 +20,16 @@ from conftest import sequences, tiny_base, tiny_tokenizer
 from snugtune.config import JobConfig, to_config
 from snugtune.data.pack import collate, make_chunk
 from snugtune.errors import InputError, Interrupted
+from snugtune.memory.plan import Planned, settled
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.observer import Silent
 from snugtune.optim import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
 from snugtune.report import write_report
 from snugtune.run import train
 from snugtune.training.examples import JobData
-from snugtune.training.job import Job
+from snugtune.training.job import Job, quarantine
 from snugtune.training.metrics import StepMetrics
-from snugtune.types import Example
+from snugtune.types import Example, Plan
 
 OPTIMIZERS = {
     "adamw": (AdamWConfig(lr=0.01, weight_decay=0.1), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
@@ -411,3 +413,24 @@ def test_smoothing_is_for_training_alone(tmp_path: Path, model_folder: Path) -> 
         losses.append(lines(tmp_path / name / "metrics.jsonl"))
     assert losses[0][0]["eval_loss"] == losses[1][0]["eval_loss"]
     assert losses[0][1]["loss"] != losses[1][1]["loss"]
+
+
+def test_a_shortage_of_memory_is_no_jobs_own() -> None:
+    """torch tells of it on CPU by a plain RuntimeError; any other is the job's."""
+    job: Any = SimpleNamespace(name="j", failure=None, error=None)
+    with pytest.raises(RuntimeError, match="can't allocate memory"), quarantine(job):
+        torch.empty(2**60)
+    assert job.failure is None
+    with quarantine(job):
+        raise RuntimeError("a bug")
+    assert job.failure == "job 'j': RuntimeError: a bug"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "room", "shared"),
+    [([16.0, 16.0], 512, True), ([256.0, 256.0, 1000.0], 512, True), ([16.0, 300.0], 512, False), ([300.0, 400.0], 0, False)],
+)
+def test_forwards_are_shared_where_two_chunks_are_short(chunks: list[float], room: int, shared: bool) -> None:
+    plan = Planned(Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", fused_tokens=room), ())
+    found, why = settled(plan, chunks)
+    assert bool(found.plan.fused_tokens) == shared and (why is None) == (shared or not room)

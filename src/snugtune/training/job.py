@@ -258,12 +258,21 @@ def quarantine(job: Job) -> Iterator[None]:
     """
     try:
         yield
-    except (StopRequestedError, UnreadableError, MemoryError, torch.OutOfMemoryError):
+    except (StopRequestedError, UnreadableError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         job.error = error
         told = str(error) if isinstance(error, SnugtuneError) else f"{type(error).__name__}: {error}"
         job.failure = f"job '{job.name}': {told}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short. torch says so on CPU by a plain `RuntimeError` of its allocator."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
@@ -276,9 +285,20 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         data=data,
         attached=attached,
         optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state),
-        capacity=(plan.micro_batch or max(1, FULL_FORWARD // config.max_seq_len)) * config.max_seq_len if base.packable else 0,
+        capacity=_capacity(config, plan) if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
+
+
+def _capacity(config: JobConfig, plan: Plan) -> int:
+    """Tokens of a chunk: a matter of the job and its plan alone."""
+    return (plan.micro_batch or max(1, FULL_FORWARD // config.max_seq_len)) * config.max_seq_len
+
+
+def chunk_tokens(config: JobConfig, data: JobData, plan: Plan) -> float:
+    """Tokens that a chunk of the job usually has."""
+    mean = data.tokens / len(data.train)
+    return min(_capacity(config, plan), config.batch_size * mean)
 
 
 def _stepped(attached: Attached, config: JobConfig) -> Sequence[Tensor]:
