@@ -1,5 +1,6 @@
 """Three jobs on one real base end where each of them ends alone, bit for bit."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,24 +77,30 @@ def ended(base: Base, use: Plan, rows: Rows, names: Sequence[str]) -> dict[str, 
 @pytest.fixture(scope="module")
 def loaded(demo: ModelSource, base: Base) -> Callable[[Width], Base]:
     """The base in a format; the fp32 one is that of the session."""
-    return lambda weights: base if weights == "fp32" else load_base(demo, plan(weights))
+    return functools.cache(lambda weights: base if weights == "fp32" else load_base(demo, plan(weights)))
 
 
-@pytest.mark.parametrize(
-    ("weights", "names"),
-    [("fp32", ("wide", "narrow", "short")), ("bf16", ("wide", "narrow", "short")), ("nf4", ("narrow", "short"))],
-)
-def test_joint_equals_alone(weights: Width, names: Sequence[str], loaded: Callable[[Width], Base], rows: Rows) -> None:
-    """Interleaved, and sharing each forward where this machine's products let rows be (else a run would take turns, too)."""
-    base, use = loaded(weights), plan(weights)
-    alone = {name: end for name in names for name, end in ended(base, use, rows, [name]).items()}
-    fused = [FUSED] if base.rows_are_independent(FUSED) else []
-    for capacity in [0, *fused]:
-        order = names if capacity else tuple(reversed(names))
-        together = ended(base, replace(use, fused_tokens=capacity), rows, order)
-        for name in names:
-            history, adapter = together[name]
-            assert len(history) == STEPS and history == alone[name][0]
-            assert adapter.keys() == alone[name][1].keys()
-            assert [k for k in adapter if not torch.equal(adapter[k], alone[name][1][k])] == []
-            assert all(bool(v.any()) for v in adapter.values()), "a factor that is still zero was not trained"
+@pytest.fixture(scope="module")
+def alone(loaded: Callable[[Width], Base], rows: Rows) -> Callable[[Width], dict[str, Ended]]:
+    """How each job ends on a base that it has for itself."""
+    return functools.cache(lambda weights: {n: ended(loaded(weights), plan(weights), rows, [n])[n] for n in JOBS})
+
+
+@pytest.mark.parametrize("fused", [0, FUSED], ids=["interleaved", "fused"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "nf4"])
+def test_joint_equals_alone(
+    weights: Width, fused: int, loaded: Callable[[Width], Base], alone: Callable[[Width], dict[str, Ended]], rows: Rows
+) -> None:
+    """In turns, and sharing each forward: in fp32 rows are independent wherever we claim to train, in bf16 it depends."""
+    base, names = loaded(weights), list(JOBS)
+    if fused and not base.rows_are_independent(fused):
+        assert weights != "fp32", "rows of an fp32 product are not independent here"
+        pytest.skip("this machine's bf16 products change a row's bits by its neighbours; a run takes turns here")
+    truth = alone(weights)
+    together = ended(base, replace(plan(weights), fused_tokens=fused), rows, names if fused else names[::-1])
+    for name in names:
+        history, adapter = together[name]
+        assert len(history) == STEPS and history == truth[name][0]
+        assert adapter.keys() == truth[name][1].keys()
+        assert [k for k in adapter if not torch.equal(adapter[k], truth[name][1][k])] == []
+        assert all(bool(v.any()) for v in adapter.values()), "a factor that is still zero was not trained"

@@ -190,14 +190,16 @@ def test_a_job_that_is_not_finite_is_given_up_alone(
 
 
 class Interrupts:
-    """Raises once, at the k-th call of what it wraps."""
+    """Raises once, at the k-th call of what it wraps; `after`: when that has done its work."""
 
-    def __init__(self, inner: Callable[..., Any], k: int, error: BaseException):
-        self.inner, self.left, self.error = inner, k, error
+    def __init__(self, inner: Callable[..., Any], k: int, error: BaseException, after: bool = False):
+        self.inner, self.left, self.error, self.after = inner, k, error, after
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         self.left -= 1
         if self.left == 0:
+            if self.after:
+                self.inner(*inputs, **named)
             raise self.error
         return self.inner(*inputs, **named)
 
@@ -237,13 +239,57 @@ def test_steps_that_break_off_in_backward_begin_anew(error: Exception, k: int, r
         _goes_on_to(clean, run, type(error))
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
-def test_an_optimizer_without_memory_breaks_off_its_step_alone(name: str, k: int, run: Run, clean: dict[str, End]) -> None:
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+def test_steps_that_break_off_before_their_optimizer_begin_anew(
+    error: BaseException, after: bool, k: int, run: Run, clean: dict[str, End]
+) -> None:
     """Steps that others have done at that moment are reported nevertheless."""
-    optimizer = run.trainer.jobs[name].optimizer
-    optimizer.step = Interrupts(optimizer.step, k, MemoryError())
-    _goes_on_to(clean, run, MemoryError)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "clip_grad_norm", Interrupts(trainer_module.clip_grad_norm, k, error, after))
+        _goes_on_to(clean, run, type(error))
+
+
+def _torn(place: str, job: Job, k: int, error: BaseException) -> None:
+    """Break off the job's k-th step: as its optimizer begins, when that has changed its weights, or just before it counts."""
+    owner, name = (job.attached, "publish") if place == "publish" else (job.optimizer, "step")
+    setattr(owner, name, Interrupts(getattr(owner, name), k, error, after=place != "begin"))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("place", ["begin", "step", "publish"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+def test_a_job_that_is_broken_off_in_its_optimizer_is_given_up(
+    error: BaseException, place: str, k: int, run: Run, clean: dict[str, End]
+) -> None:
+    """It stands between two steps. It goes on from its last saved state, to the bit; the others need none."""
+    bad = run.trainer.jobs[BAD]
+    run.train(until=lambda: bad.step == k - 1)
+    tensors, numbers = bad.state()
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    _torn(place, bad, 1, error)
+    with pytest.raises(type(error)):
+        run.train()
+    said = f"was broken off in the middle of its optimizer step ({type(error).__name__})"
+    assert bad.failure == f"job '{BAD}': {said}; let it go on from its last saved state" and bad.error is not None
+    assert bad.step == k - 1 and BAD not in run.trainer.turns and bad.attached.parameters()[0].grad is None
+    run.train()
+    assert unlike({name: end for name, end in run.ends().items() if name != BAD}, clean) == {}
+    bad.load_state(tensors, numbers)
+    run.train()
+    assert unlike(run.ends(), clean) == {}
+
+
+def test_a_step_that_was_done_is_not_done_again(run: Run, clean: dict[str, End]) -> None:
+    """Where only the report of it is broken off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.trainer, "_report", Interrupts(run.trainer._report, 2, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    run.train()
+    assert {name: end.tensors.keys() for name, end in run.ends().items()} == {n: end.tensors.keys() for n, end in clean.items()}
+    assert all(torch.equal(v, clean[name].tensors[k]) for name, end in run.ends().items() for k, v in end.tensors.items())
 
 
 def test_an_objective_without_memory_is_not_given_up(run: Run, clean: dict[str, End]) -> None:

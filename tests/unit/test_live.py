@@ -19,7 +19,7 @@ import snugtune
 from conftest import lora_gradients, peft_twin, relative, sequences, shake, tiny_base, tiny_model
 from snugtune.config import JobConfig
 from snugtune.data.mix import step_indices
-from snugtune.errors import DivergedError, InputError, JobFailedError
+from snugtune.errors import DivergedError, InputError, JobFailedError, StorageError
 from snugtune.live import LiveJob, LiveTrainer
 from snugtune.methods.lora import LoraAttached
 from snugtune.training.job import Job
@@ -490,9 +490,10 @@ def test_states_that_do_not_fit_are_refused_whole(data: str, tmp_path: Path) -> 
     assert same(bits(trainer), before) and job.steps_done == 2
 
 
-def test_saved_adapters_answer_as_their_job(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["fp32", "nf4"])
+def test_saved_adapters_answer_as_their_job(weights: str, model_folder: Path, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}, {"role": "user", "content": "What?"}]
-    with snugtune.open(model_folder, plan={"weights": "fp32"}) as trainer:
+    with snugtune.open(model_folder, plan={"weights": weights}) as trainer:
         job = trainer.add(FIELDS | {"max_seq_len": 64})
         base = job.sample(["Hi", talk], max_new_tokens=8)
         examples = job.examples(RECORDS)
@@ -503,7 +504,7 @@ def test_saved_adapters_answer_as_their_job(model_folder: Path, tmp_path: Path) 
         drawn = job.sample(["Hi"], max_new_tokens=8, temperature=1.0, top_p=0.9, seed=4)
         folder = job.save(tmp_path / "adapter")
         assert job.save(folder) == folder and job.sample([]) == []
-    tuned = snugtune.load(folder, weights="fp32")
+    tuned = snugtune.load(folder, weights=weights)
     assert greedy != base
     assert greedy[0] == tuned.reply("Hi", max_new_tokens=8)
     assert drawn[0] == tuned.reply("Hi", max_new_tokens=8, temperature=1.0, top_p=0.9, seed=4)
@@ -530,6 +531,34 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_many_are_told(tmp_path: Pa
     job.load_state(tmp_path / "state")
     _steps(job, examples, 1)
     assert job.failure is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+def test_half_a_step_is_not_gone_on_from(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But from the last saved state, to the bit."""
+    trainer, undisturbed, examples = live(), live(), invented(9, 30)
+    job, other = trainer.add(FIELDS), undisturbed.add(FIELDS)
+    _steps(job, examples, 1)
+    _steps(other, examples, 2)
+    job.save_state(tmp_path / "state")
+    before = bits(trainer)
+    job.forward_backward(examples)
+
+    def publish() -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inner(trainer).attached, "publish", publish)
+        with pytest.raises(type(error)):
+            job.optim_step()
+    assert not same(bits(trainer), before) and job.steps_done == 1
+    for verb in (lambda: job.forward_backward(examples), lambda: job.save_state(tmp_path / "torn")):
+        with pytest.raises(JobFailedError, match="broken off in the middle of its optimizer step"):
+            verb()
+    job.load_state(tmp_path / "state")
+    assert job.failure is None and same(bits(trainer), before)
+    _steps(job, examples, 1)
+    assert same(bits(trainer), bits(undisturbed))
 
 
 # --- jobs that come and go --------------------------------------------------------------------------------------------
@@ -595,6 +624,20 @@ def test_jobs_leave_nothing_behind(data: str) -> None:
     del base
     gc.collect()
     assert gone() is None
+
+
+def test_a_job_that_finds_no_room_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "file"))  # where "default" would rest
+    trainer = live(resident_jobs=1)
+    job = trainer.add(FIELDS)
+    with pytest.raises(StorageError, match="cannot make a folder"):
+        trainer.add(FIELDS | {"name": "second"})
+    kept = trainer._bench.trainer
+    assert {name for site in kept.base.sites.values() for name in site.slots} == {"default"} == set(kept.jobs)
+    _steps(job, invented(9), 1)
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
+    assert trainer.add(FIELDS | {"name": "second"}).steps_done == 0
 
 
 def test_mistakes_are_told_in_a_line(data: str, tmp_path: Path, model_folder: Path) -> None:

@@ -240,6 +240,27 @@ def test_a_job_let_rest_takes_no_part_until_it_is_woken(base: Base, tmp_path: Pa
         assert all(torch.equal(v, truth[name][0][k]) for k, v in job.tensors().items())
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+def test_arrears_are_forgiven_to_those_that_come_late_alone(limit: int, tmp_path: Path) -> None:
+    """A job that waited for its first step when its run was broken off is the next one after a resume, not the last again."""
+    plan = replace(PLAN, resident_jobs=limit)
+    before = trainer_of(tiny_base(), plan, tmp_path, "ab")
+    assert [m.job for m in before.step()] == ["a"]
+    states: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+    for name, job in before.jobs.items():
+        before.wake(name)
+        states[name] = {k: v.clone() for k, v in job.tensors().items()}, job.numbers()
+    after = Trainer(tiny_base(), plan, NoWatch(), resting=tmp_path)
+    for name in "ab":
+        job = started(after.base, name, plan, **JOBS[name])
+        job.load_state(*states[name])
+        after.add(job)
+    assert after.jobs["b"].served == 0 < after.jobs["a"].served == before.jobs["a"].served
+    assert [m.job for m in after.step()] == ["b"]
+    after.add(started(after.base, "c", plan, **JOBS["c"]))
+    assert after.jobs["c"].served == min(after.jobs[name].served for name in "ab") > 0
+
+
 def test_all_at_rest_is_nothing_to_do(base: Base, tmp_path: Path) -> None:
     trainer = trainer_of(base, PLAN, tmp_path, "ab")
     for name in "ab":

@@ -53,7 +53,11 @@ class LiveTrainer:
         started = start_job(trainer.base, config, data, plan)
         if data.train and (remark := length_remark(trainer.base, config, data)):
             self.notes.append(f"data ({config.name}): {remark}")
-        trainer.add(started)
+        try:
+            trainer.add(started)
+        except BaseException:  # the disk does not take whoever was to make room
+            started.attached.detach()
+            raise
         if not METHODS[type(config.method)].routable:
             self._changed_by = config.name
         try:

@@ -214,7 +214,10 @@ class LiveJob:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
-        """What the job answers to questions or conversations as it stands: as `snugtune.load` of what `save` writes would."""
+        """What the job answers to questions or conversations as it stands: as `snugtune.load` of what `save` writes would.
+
+        On a base in int8 or nf4 give `load` these `weights`: an adapter's folder does not say how its base was kept.
+        """
         trainer, job = self._at_work()
         if max_new_tokens < 1 or not (0 <= temperature < math.inf) or not (0 < top_p <= 1):
             raise InputError("sample: needs max_new_tokens of at least 1, temperature of at least 0, and top_p in (0, 1]")

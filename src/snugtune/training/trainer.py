@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from snugtune.data.pack import collate
-from snugtune.errors import InputError, StopRequestedError
+from snugtune.errors import InputError, JobFailedError, StopRequestedError
 from snugtune.methods import METHODS
 from snugtune.model.base import Base
 from snugtune.model.generate import Sampling, generate
@@ -90,12 +90,14 @@ class Trainer:
     def add(self, job: Job) -> None:
         """Let `job` take part from now on. Its name must be new. One that comes late has no arrears to catch up with.
 
+        Late is after others have trained here: jobs of a checkpoint, which are added before that, keep what they had.
+
         Where it is one too many for the memory, another rests; raises `StorageError` when the disk does not take that.
         """
         assert job.name not in self.jobs
         self.residence.make_room(self.jobs.values(), job)
-        if job.step == 0:
-            job.served = self._hindmost()
+        if self.tokens:
+            job.served = max(job.served, self._hindmost())
         self.jobs[job.name] = job
         if job.config.neftune_noise_alpha is not None:
             self.base.embedding_noise[job.name] = job.config.neftune_noise_alpha
@@ -155,14 +157,16 @@ class Trainer:
 
         A job whose own data, objective or optimizer raises is given up: its `failure` says why, its `error` is what it
         raised. Raises `StopRequestedError` between two batches; the steps under way are taken up where they were. After
-        whatever else it raises (a base's disk that fails, memory that is short), steps that it broke into begin anew.
+        whatever else it raises (a base's disk that fails, memory that is short), steps that it broke into begin anew; but a
+        job whose optimizer was at work is given up, as its weights are neither those before the step nor those after it.
         """
         while True:
             for job in [self.jobs[name] for name in self.turns if self._is_through(name)]:
+                turn = self.turns[job.name]
                 with self._clock():
                     norm = self._step_of(job)
                 if norm is not None:
-                    self._reports.append(self._report(job, norm))
+                    self._reports.append(self._report(job, turn, norm))
             if self._reports:
                 reports, self._reports = self._reports, []
                 return reports
@@ -306,15 +310,16 @@ class Trainer:
         return collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
 
     def _step_of(self, job: Job) -> float | None:
-        """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed."""
+        """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed.
+
+        However it ends, its turn is over: nobody steps twice on one gradient.
+        """
         norm = None
         try:
             with quarantine(job):
                 norm = self._optim_step(job)
         finally:
-            job.attached.drop_grad()
-            if norm is None:
-                self._forget_turn(job)
+            self._forget_turn(job)
         return norm
 
     def start_metrics(self) -> list[StepMetrics]:
@@ -391,12 +396,13 @@ class Trainer:
         limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
         norm = float(clip_grad_norm(job.attached.parameters(), limit))
         finite = math.isfinite(norm)
-        if finite:
-            job.optimizer.step()
-        if job.scaler is not None:
-            job.scaler.update()  # down after an overflow, up after many steps without
-        job.attached.publish()
-        job.step += 1
+        with _whole_or_given_up(job):
+            if finite:
+                job.optimizer.step()
+            if job.scaler is not None:
+                job.scaler.update()  # down after an overflow, up after many steps without
+            job.attached.publish()
+            job.step += 1
         job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
         if job.skipped_in_a_row >= MAX_SKIPS:
             job.failure = (
@@ -405,9 +411,8 @@ class Trainer:
             )
         return norm
 
-    def _report(self, job: Job, norm: float) -> StepMetrics:
-        """What there is to say of the step that a job has just completed; its turn is over."""
-        turn = self.turns.pop(job.name)
+    def _report(self, job: Job, turn: _Turn, norm: float) -> StepMetrics:
+        """What there is to say of the step that a job has just completed."""
         value, finite = float(turn.loss), math.isfinite(norm)
         tokens, label_tokens = turn.tokens, sum(len(c.rows) for c in turn.chunks)
         job.seen_tokens += tokens
@@ -436,3 +441,18 @@ class Trainer:
 def _states(hidden: Tensor, chunk: Chunk, segment: Segment) -> Tensor:
     """[n, D]: the states of a chunk's scored rows."""
     return hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))
+
+
+@contextmanager
+def _whole_or_given_up(job: Job) -> Iterator[None]:
+    """Whatever breaks off the block leaves the job between two steps, where nothing goes on from: it is given up.
+
+    Also by what is nobody's own, as Ctrl-C or memory that is short while an optimizer makes its state.
+    """
+    try:
+        yield
+    except BaseException as error:
+        where = "was broken off in the middle of its optimizer step"
+        job.failure = f"job '{job.name}': {where} ({type(error).__name__}); let it go on from its last saved state"
+        job.error = error if isinstance(error, Exception) else JobFailedError(job.failure)
+        raise
