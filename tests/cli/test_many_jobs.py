@@ -428,7 +428,7 @@ def test_a_job_that_has_gone_leaves_no_memory(
 RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "weight-of-the-run": ({"weight": 2}, ("unknown field 'weight' of a whole run; it belongs into an entry of 'jobs'",)),
     "name-of-the-run": ({"name": "a"}, ("unknown field 'name' of a whole run; it belongs into an entry of 'jobs'",)),
-    "weight-of-nothing": ({"jobs": [LONG | {"weight": 0}]}, ("jobs.0: weight: must be above 0",)),
+    "weight-of-nothing": ({"jobs": [LONG | {"weight": 0}]}, ("jobs.0: weight: must be at least 1e-06",)),
     "no-such-execution": ({"plan": {"execution": "both"}}, ("plan.execution", "'auto', 'fused' or 'interleaved'", "'both'")),
     "execution-of-the-run": ({"execution": "fused"}, ("unknown field 'execution'; did you mean 'plan.execution'?",)),
     "full": ({"method": "full"}, ("'long' uses method 'full', which cannot share a base",)),
