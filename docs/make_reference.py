@@ -71,7 +71,8 @@ FILES = """\
 | `config.yaml` | the config, with every default written out |
 | `plan.json` | the knobs that were chosen (`plan`), why (`reasons`), and `measured_peak_bytes` once the run is finished |
 | `data.json` | of each job: how many examples, tokens and lengths; what was cut or left out, and where |
-| `jobs.json` | of each job: its `status` (waiting, training, finished, stopped early, failed, parked), `step` of `total_steps`, the `reason` where it failed or is parked, and the `traceback` of a bug |
+| `jobs.json` | of each job: its `status` (waiting, training, finished, stopped early, failed, parked), \
+`step` of `total_steps`, the `reason` where it failed or is parked, and the `traceback` of a bug |
 | `metrics.jsonl` | one JSON object for each job and step; see below |
 | `samples.jsonl` | where a job is asked something while it trains: one JSON object for each answer; see below |
 | `report.html` | all of this as one page, which needs no network |
