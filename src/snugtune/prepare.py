@@ -1,7 +1,6 @@
 """From a config to a session that can train: data read, plan made, base loaded, jobs started or restored."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -12,7 +11,7 @@ from snugtune.files import remove_if_empty, user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.memory.budget import Watch, give_back_large_blocks
-from snugtune.memory.plan import Planned, make_plan, settled
+from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
 from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
@@ -50,9 +49,10 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     base = _load(source, planned, checkpoint, config, observer)
     data = _tokenised(config, texts, base, observer)
     if checkpoint is None and config.plan.execution == "auto":
-        planned, news = settled(planned, [chunk_tokens(job, data[job.name], planned.plan) for job in config.resolved_jobs()])
-        if news:
-            observer.note(f"plan: {news}")
+        before = planned
+        planned = settled(planned, [chunk_tokens(job, data[job.name], planned.plan) for job in config.resolved_jobs()])
+        if planned is not before:
+            observer.note(f"plan: {planned.reasons[-1]}")
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
@@ -127,9 +127,9 @@ def proved(planned: Planned, base: Base, pinned: bool, note: Say) -> Planned:
     if pinned:
         note("plan: matrix products here give a row other last bits among others: fused, as asked, no job is as if alone")
         return planned
-    why = base.apart or "matrix products here give a row other last bits among others"
-    note(f"plan: jobs take turns after all ({why})")
-    return replace(planned, plan=replace(planned.plan, fused_tokens=0))
+    planned = taking_turns(planned, base.apart or "matrix products here give a row other last bits among others")
+    note(f"plan: {planned.reasons[-1]}")
+    return planned
 
 
 def _planned_before(checkpoint: Checkpoint) -> Planned:
