@@ -26,6 +26,7 @@ from snugtune.errors import InputError
 from snugtune.observer import RunResult
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics, by_job, mean_ends, steps_of_mean
+from snugtune.words import gib
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: a line at least this often, and at each evaluation."""
@@ -264,7 +265,3 @@ def step_facts(metrics: StepMetrics, count: int = 3) -> str:
 def arrow(values: Sequence[float]) -> str:
     """First and last of a series: `3.58 -> 1.26`."""
     return f"{values[0]:.4f} -> {values[-1]:.4f}" if values else "-"
-
-
-def gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

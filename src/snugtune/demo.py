@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from snugtune.config import RunConfig, to_config
-from snugtune.console import Console, arrow, gib
+from snugtune.console import Console, arrow
 from snugtune.run import train
+from snugtune.words import gib
 
 SHOWN = 3
 

@@ -16,12 +16,13 @@ from rich.text import Text
 
 from snugtune import __version__, gemm, machine
 from snugtune.config import RunConfig, to_config
-from snugtune.console import Console, gib
+from snugtune.console import Console
 from snugtune.memory.plan import make_plan
 from snugtune.memory.precision import precision
 from snugtune.model.gguf import cache_dir
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.source import find_model
+from snugtune.words import gib
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface_hub", "gguf", "pydantic")
 

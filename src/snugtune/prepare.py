@@ -10,8 +10,9 @@ from snugtune.errors import InputError
 from snugtune.files import remove_if_empty, user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
-from snugtune.memory.budget import Watch, give_back_large_blocks
+from snugtune.memory.budget import Watch, free_memory, give_back_large_blocks
 from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
+from snugtune.methods import METHODS
 from snugtune.model.base import Base, load_base
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
@@ -48,11 +49,8 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     watch = Watch(planned.plan.device)
     base = _load(source, planned, checkpoint, config, observer)
     data = _tokenised(config, texts, base, observer)
-    if checkpoint is None and config.plan.execution == "auto":
-        before = planned
-        planned = settled(planned, [chunk_tokens(job, data[job.name], planned.plan) for job in config.resolved_jobs()])
-        if planned is not before:
-            observer.note(f"plan: {planned.reasons[-1]}")
+    if checkpoint is None and config.plan.execution == "auto" and planned.plan.fused_tokens:
+        planned = _settled(planned, config, data, base, observer.note)
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
@@ -73,6 +71,17 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session
+
+
+def _settled(planned: Planned, config: RunConfig, data: Mapping[str, JobData], base: Base, note: Say) -> Planned:
+    """The plan, with jobs in turns where sharing gains nothing or takes more memory than there is."""
+    jobs = config.resolved_jobs()
+    chunks = [chunk_tokens(job, data[job.name], planned.plan) for job in jobs]
+    numbers = [METHODS[type(job.method)].numbers(base, job.method) for job in jobs]
+    found = settled(planned, chunks, numbers, free_memory(planned.plan.device))
+    if found is not planned:
+        note(f"plan: {found.reasons[-1]}")
+    return found
 
 
 def _tokenised(config: RunConfig, texts: Mapping[str, JobText], base: Base, observer: Observer) -> dict[str, JobData]:

@@ -10,6 +10,11 @@ def counted(count: int, things: str) -> str:
     return f"{count:,} " + (_PLURAL.sub(r"\1", things) if count == 1 else things)
 
 
+def gib(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 2**30:.2f} GiB"
+
+
 def one_line(text: str) -> str:
     """A text on one line: line ends and repeated blanks become one blank."""
     return " ".join(text.split())

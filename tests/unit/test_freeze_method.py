@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import nll_packed, relative, sequences, tiny_base, tiny_model
+from snugtune.methods import METHODS
 from snugtune.methods.freeze import Freeze, FreezeConfig, trainable
 from snugtune.methods.full import Full, FullConfig
+from snugtune.methods.lora import LoraConfig
 
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "last": ({"last_blocks": 1}, {"model.layers.1."}),
@@ -65,6 +67,14 @@ def test_tied_ends_train_together(fields: dict[str, Any]) -> None:
 
 def test_gpt2_counts_its_blocks_too() -> None:
     assert all(name.startswith("transformer.h.1.") for name in trainable(tiny_base("gpt2"), FreezeConfig(last_blocks=1)))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=3), FullConfig(), FreezeConfig(last_blocks=1, head=True)], ids=lambda c: c.type)
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_how_many_numbers_would_train_is_known_before(arch: str, config: Any) -> None:
+    base, method = tiny_base(arch), METHODS[type(config)]
+    told = method.numbers(base, config)
+    assert told == sum(p.numel() for p in method.attach(base, "j", config, 0).parameters()) > 0
 
 
 def test_only_what_trains_has_masters() -> None:

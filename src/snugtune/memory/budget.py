@@ -1,4 +1,4 @@
-"""How much memory this process has used, and what its allocator gives back."""
+"""How much memory this process has used and may use, and what its allocator gives back."""
 
 import ctypes
 import os
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+from snugtune import machine
 
 _CLEAR = Path("/proc/self/clear_refs")
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
@@ -27,6 +29,14 @@ class Watch:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return peak_rss()
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process could still have, within its container's limit."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    ram = machine.memory()
+    return ram.available if ram.limit_free is None else min(ram.available, ram.limit_free)
 
 
 def give_back_large_blocks() -> bool:

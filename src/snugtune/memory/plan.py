@@ -10,8 +10,11 @@ from snugtune.config import JobConfig, PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS
 from snugtune.types import FULL_FORWARD, NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
+from snugtune.words import gib
 
 HEAD_ROWS = 512
+_BYTES_A_NUMBER = 16
+"""That trains: itself, its gradient and AdamW's two moments, in fp32."""
 _NO_FP16 = "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
 
 
@@ -67,16 +70,24 @@ def taking_turns(planned: Planned, why: str) -> Planned:
     return Planned(replace(planned.plan, fused_tokens=0), (*planned.reasons, f"jobs take turns after all ({why})"))
 
 
-def settled(planned: Planned, chunks: Sequence[float]) -> Planned:
-    """The plan now that it is known how many tokens a chunk of each job usually has; the same one where that changes nothing.
+def settled(planned: Planned, chunks: Sequence[float], numbers: Sequence[int], free: int) -> Planned:
+    """The plan now that it is known what each job brings; the same one where that changes nothing.
 
+    `chunks`: how many tokens a chunk of each job usually has; `numbers`: how many train; `free`: bytes, with the base there.
     Two chunks that fill a forward by themselves gain nothing from sharing one: measured, 1.6 times the throughput at 16
-    tokens a chunk and 16 jobs, nothing from 256 on.
+    tokens a chunk and 16 jobs, nothing from 256 on. Jobs that share may all be in the middle of a step, with gradients:
+    they, with what is always there, may take half of what is free; the rest is for activations.
     """
     room = planned.plan.fused_tokens
-    if not room or sum(tokens <= room / 2 for tokens in chunks) > 1:
+    if not room:
         return planned
-    return taking_turns(planned, f"their chunks have {min(chunks):.0f} tokens and more: nothing to gain")
+    if sum(tokens <= room / 2 for tokens in chunks) < 2:
+        return taking_turns(planned, f"their chunks have {min(chunks):.0f} tokens and more: nothing to gain")
+    most = planned.plan.resident_jobs or len(numbers)
+    together = _BYTES_A_NUMBER * sum(sorted(numbers, reverse=True)[:most])
+    if together > free / 2:
+        return taking_turns(planned, f"with all their gradients they take {gib(together)}, of {gib(free)} that are free")
+    return planned
 
 
 def check_job(job: JobConfig, plan: Plan, stored: Width | None = None) -> None:

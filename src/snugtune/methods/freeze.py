@@ -40,6 +40,9 @@ class Freeze:
     routable: ClassVar[bool] = False
     artefacts: ClassVar[str] = "models"
 
+    def numbers(self, base: Base, config: FreezeConfig) -> int:
+        return sum(base.model.get_parameter(name).numel() for name in trainable(base, config))
+
     def attach(self, base: Base, job: str, config: FreezeConfig, seed: int) -> FullAttached:
         return FullAttached(base, job, trainable(base, config))
 

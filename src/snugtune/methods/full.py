@@ -102,5 +102,8 @@ class Full:
     routable: ClassVar[bool] = False
     artefacts: ClassVar[str] = "models"
 
+    def numbers(self, base: Base, config: FullConfig) -> int:
+        return base.model.num_parameters()
+
     def attach(self, base: Base, job: str, config: FullConfig, seed: int) -> FullAttached:
         return FullAttached(base, job)

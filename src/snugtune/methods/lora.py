@@ -187,6 +187,9 @@ class Lora:
     routable: ClassVar[bool] = True
     artefacts: ClassVar[str] = "adapters"
 
+    def numbers(self, base: Base, config: LoraConfig) -> int:
+        return _numbers(base, _select(base, config.target_modules), config.r)
+
     def attach(self, base: Base, job: str, config: LoraConfig, seed: int) -> LoraAttached:
         """Fresh factors; equal to those of `get_peft_model` after `torch.manual_seed(seed)` on an fp32 base."""
         names = _select(base, config.target_modules)
@@ -196,7 +199,7 @@ class Lora:
         base.freeze()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            total = sum(peft_config.r * sum(FrozenLinear.shape_of(base.model.get_submodule(name))) for name in names)
+            total = _numbers(base, names, peft_config.r)
             factors = ((name, _initial(base, name, peft_config)) for name in names)
             return LoraAttached(base, job, peft_config, total, factors)
 
@@ -207,6 +210,11 @@ class Lora:
         base.freeze()
         total = sum(a.numel() + b.numel() for a, b, _ in factors.values())
         return LoraAttached(base, job, config, total, factors.items())
+
+
+def _numbers(base: Base, names: Iterable[str], rank: int) -> int:
+    """Of A and B together."""
+    return sum(rank * sum(FrozenLinear.shape_of(base.model.get_submodule(name))) for name in names)
 
 
 def _peft_targets(targets: str | tuple[str, ...]) -> str | list[str]:

@@ -60,6 +60,10 @@ class Method(Protocol):
     routable: ClassVar[bool]
     artefacts: ClassVar[str]
 
+    def numbers(self, base: Base, config: Any) -> int:
+        """How many numbers would train."""
+        ...
+
     def attach(self, base: Base, job: str, config: Any, seed: int) -> Attached:
         """Start tuning `base` for `job`; initial values are a pure function of `seed`."""
         ...
