@@ -47,6 +47,61 @@ def in_turn(programs: Mapping[str, Callable[[int], Result]], rounds: int) -> dic
     return results
 
 
+class Lane:
+    """A program that stands ready in a process of its own and works a lap whenever it is told to.
+
+    Laps of several alternate within seconds, where whole runs would alternate within minutes: what else the machine does
+    meets all alike. The process runs `lane` below.
+    """
+
+    def __init__(self, command: Sequence[str]):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.begun = self._read()
+
+    def lap(self) -> dict[str, float]:
+        """What a lap took."""
+        assert self.process.stdin is not None
+        print("lap", file=self.process.stdin, flush=True)
+        return self._read()
+
+    def end(self) -> dict[str, float]:
+        """Let the process go; what it says in the end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        told = self._read()
+        self.process.wait()
+        return told
+
+    def _read(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.process.args}: ended with code {self.process.wait()}")
+
+
+def lane(begun: Mapping[str, float], lap: Callable[[], Mapping[str, float]], end: Callable[[], Mapping[str, float]]) -> None:
+    """In the process of a `Lane`: say that it is ready, work a lap for each line that comes, say what it took."""
+    print(json.dumps(begun), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(lap()), flush=True)
+    print(json.dumps(end()), flush=True)
+
+
+def in_laps(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, tuple[list[dict[str, float]], dict[str, float]]]:
+    """(laps, what was said at the start and in the end) of each program. All are in memory at once; one works at a time."""
+    lanes = dict[str, Lane]()
+    for name, command in commands.items():
+        print(f"starting {name}", file=sys.stderr, flush=True)
+        lanes[name] = Lane(command)
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in lanes}
+    for index in range(rounds):
+        print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
+        for name, program in lanes.items():
+            laps[name].append(program.lap())
+    return {name: (laps[name], program.begun | program.end()) for name, program in lanes.items()}
+
+
 def spread(values: Sequence[float], digits: int = 0) -> str:
     """Median, with the least and the greatest where they differ."""
     middle, least, most = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))

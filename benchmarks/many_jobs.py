@@ -6,10 +6,12 @@
     python benchmarks/many_jobs.py --only adapters                        # a thousand adapters
     python benchmarks/many_jobs.py --plot docs                            # ... and write docs/many-jobs-*.svg
 
-Every measurement is a process of its own; they take turns, round after round, and medians are shown. Jobs are LoRA of r=8 on
-all linears with AdamW, a sequence of random tokens a chunk, all of them scored. Throughput counts real tokens from the second
-step of every job on, so that all have their optimizer state; the peak is that of the resident memory since the base was loaded.
-One process a job, in turn, is what one job does by itself; its start-up is told apart. Prints tables, and a line of JSON.
+Every measurement is a process of its own. Those of a table stand ready side by side and work in turn, a lap of about
+`--lap` tokens at a time, so that a busy minute meets all alike; ratios are those of laps of the same round, and medians are
+shown with the least and the greatest. Jobs are LoRA of r=8 on all linears with AdamW, a sequence of random tokens a chunk, all
+of them scored. Throughput counts real tokens from the second step of every job on, so that all have their optimizer state; the
+peak is that of the resident memory since the base was loaded. One process a job, in turn, is what one job does by itself; its
+start-up is told apart. Prints tables, and a line of JSON.
 """
 
 import argparse
@@ -25,8 +27,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import in_turn, table
+from common import in_laps, in_turn, lane, ratios, spread, table
 
+STARTED = time.perf_counter()
 PARTS = ("speed", "ragged", "adapters")
 MILESTONES = (1, 10, 100, 1000)
 ACTIVE = 4
@@ -96,8 +99,8 @@ def started(base: Any, plan: Any, name: str, rows: tuple[Any, ...], batch: int, 
     return job
 
 
-def measure_speed(told: dict[str, Any]) -> dict[str, float]:
-    """Real tokens a second and peak memory of some jobs together."""
+def measure_speed(told: dict[str, Any]) -> None:
+    """Real tokens a second of some jobs together, lap by lap, and their peak memory."""
     from snugtune.memory.budget import Watch
     from snugtune.training.trainer import Trainer
 
@@ -109,17 +112,21 @@ def measure_speed(told: dict[str, Any]) -> dict[str, float]:
     trainer = Trainer(base, plan, Watch("cpu"))
     for at in range(jobs):
         trainer.add(started(base, plan, f"job-{at}", examples(real[at], laid[at], at), chunks, {"type": "lora"}))
-    ready = time.monotonic() - told["started"]
-    while any(job.step < 1 for job in trainer.jobs.values()):
-        trainer.step()
-    count, scored, began = 0, 0, time.perf_counter()
-    while any(job.step < 1 + told["steps"] for job in trainer.jobs.values()):
-        for metrics in trainer.step():
-            count, scored = count + metrics.tokens, scored + metrics.label_tokens + chunks  # a row's first token has no label
-    seconds = time.perf_counter() - began
+    ready = time.perf_counter() - STARTED
+
+    def steps(more: int) -> dict[str, float]:
+        goal = {name: job.step + more for name, job in trainer.jobs.items()}
+        count, scored, began = 0, 0, time.perf_counter()
+        while any(job.step < goal[name] for name, job in trainer.jobs.items()):
+            for metrics in trainer.step():
+                count, scored = count + metrics.tokens, scored + metrics.label_tokens + chunks  # a row's first token has no label
+        seconds = time.perf_counter() - began
+        return {"speed": (scored if told["way"] == "padded" else count) / seconds}
+
+    steps(1)
     state = sum(3 * weight.nbytes for weight in trainer.jobs["job-0"].attached.parameters())
-    speed = (scored if told["way"] == "padded" else count) / seconds
-    return {"speed": speed, "peak": trainer.watch.peak(), "state": state, "ready": ready}
+    a_lap = max(1, round(told["lap"] / (jobs * chunks * told["tokens"])))
+    lane({"ready": ready, "state": state}, lambda: steps(a_lap), lambda: {"peak": trainer.watch.peak()})
 
 
 def measure_adapters(told: dict[str, Any]) -> dict[str, float]:
@@ -163,13 +170,15 @@ def timed(work: Callable[[], object]) -> float:
 # --- in the process that asks ---
 
 
-def measured(told: argparse.Namespace, **what: Any) -> Callable[[int], dict[str, float]]:
-    """A program that measures `what` in a process of its own."""
+def command(told: argparse.Namespace, **what: Any) -> list[str]:
+    """Measures `what` in a process of its own."""
+    task = {"weights": told.weights, "chunks": told.chunks, "lap": told.lap} | what
+    return [sys.executable, __file__, "--measure", json.dumps(task)]
 
+
+def measured(told: argparse.Namespace, **what: Any) -> Callable[[int], dict[str, float]]:
     def program(_: int) -> dict[str, float]:
-        task = {"weights": told.weights, "chunks": told.chunks, "steps": told.steps, "started": time.monotonic()} | what
-        command = [sys.executable, __file__, "--measure", json.dumps(task)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command(told, **what), check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     return program
@@ -179,42 +188,50 @@ def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-def speed(told: argparse.Namespace, ragged: bool) -> dict[str, dict[str, float]]:
-    """ "{way} {jobs} {tokens}" -> what it took. One job alone, interleaved, is what others are compared with."""
-    ways = ("fused", "padded") if ragged else ("interleaved", "fused")
-    programs = {
-        f"{way} {jobs} {tokens}": measured(told, part="speed", way=way, jobs=jobs, tokens=tokens, ragged=ragged)
-        for tokens in told.tokens
-        for jobs in sorted({*told.jobs, *(() if ragged else (1,))})
-        for way in ways
-        if jobs > 1 or way == "interleaved"
-    }
-    return {name: medians(runs) for name, runs in in_turn(programs, told.rounds).items()}
+Found = dict[str, dict[str, Any]]
+""""{way} {jobs} {tokens}" -> `speeds` of its laps, and `peak`, `state` (bytes) and `ready` (seconds)."""
 
 
-def speed_table(found: dict[str, dict[str, float]], tokens: int, counts: Sequence[int]) -> str:
+def speed(told: argparse.Namespace, ragged: bool) -> Found:
+    """One job alone, interleaved, is what others are compared with. Only programs of one length are in memory together."""
+    found = Found()
+    for tokens in told.tokens:
+        commands = {
+            f"{way} {jobs} {tokens}": command(told, part="speed", way=way, jobs=jobs, tokens=tokens, ragged=ragged)
+            for jobs in sorted({*told.jobs, *(() if ragged else (1,))})
+            for way in (("fused", "padded") if ragged else ("interleaved", "fused"))
+            if jobs > 1 or way == "interleaved"
+        }
+        for name, (laps, said) in in_laps(commands, told.rounds).items():
+            found[name] = said | {"speeds": [lap["speed"] for lap in laps]}
+    return found
+
+
+def speed_table(found: Found, tokens: int, counts: Sequence[int]) -> str:
     """One process a job in turn has the throughput and the peak of one job; its start-up comes on top, once a job."""
     one, mib = found[f"interleaved 1 {tokens}"], 2**20
-    rows = [["1", f"{one['speed']:.0f}", "", "", f"{one['peak'] / mib:.0f}", "", "", f"{one['ready']:.1f}"]]
+    alone = spread(one["speeds"])
+    rows = [["1", alone, "", "", "", "", f"{one['peak'] / mib:.0f}", "", "", f"{one['ready']:.1f}"]]
     for jobs in (count for count in counts if count > 1):
         turns, fused = found[f"interleaved {jobs} {tokens}"], found[f"fused {jobs} {tokens}"]
-        shares = [f"{way['speed']:.0f} ({way['speed'] / one['speed']:.2f})" for way in (fused, turns)]
+        shares = [
+            said for way in (fused, turns) for said in (spread(way["speeds"]), spread(ratios(way["speeds"], one["speeds"]), 2))
+        ]
         bound = one["peak"] + 1.1 * (jobs - 1) * one["state"]
         peaks = [f"{bytes / mib:.0f}" for bytes in (turns["peak"], bound, fused["peak"])]
-        rows.append([str(jobs), f"{one['speed']:.0f}", *shares, *peaks, f"{jobs * one['ready']:.1f}"])
-    head = ["jobs", "one by one, tokens/s", "fused", "interleaved", "peak interleaved, MiB", "its bound", "peak fused",
-            "start-ups one by one, s"]  # fmt: skip
+        rows.append([str(jobs), alone, *shares, *peaks, f"{jobs * one['ready']:.1f}"])
+    head = ["jobs", "one by one, tokens/s", "fused", "of one by one", "interleaved", "of one by one", "peak interleaved, MiB",
+            "its bound", "peak fused", "start-ups one by one, s"]  # fmt: skip
     return table(head, rows)
 
 
-def ragged_table(found: dict[str, dict[str, float]], tokens: int, counts: Sequence[int]) -> str:
+def ragged_table(found: Found, tokens: int, counts: Sequence[int]) -> str:
     rows = []
     for jobs in (count for count in counts if count > 1):
         ours, theirs = found[f"fused {jobs} {tokens}"], found[f"padded {jobs} {tokens}"]
         peaks = [f"{way['peak'] / 2**20:.0f}" for way in (ours, theirs)]
-        rows.append(
-            [str(jobs), f"{ours['speed']:.0f}", f"{theirs['speed']:.0f}", f"{ours['speed'] / theirs['speed']:.2f}", *peaks]
-        )
+        speeds = [spread(ours["speeds"]), spread(theirs["speeds"]), spread(ratios(ours["speeds"], theirs["speeds"]), 2)]
+        rows.append([str(jobs), *speeds, *peaks])
     return table(["jobs", "fused, real tokens/s", "padded", "ratio", "peak fused, MiB", "peak padded"], rows)
 
 
@@ -226,16 +243,19 @@ def adapters_table(found: dict[str, float]) -> str:
     return table(["what", "ms"], rows)
 
 
-def write_plots(folder: Path, found: dict[str, dict[str, float]], lengths: Sequence[int], counts: Sequence[int]) -> None:
+def write_plots(folder: Path, found: Found, lengths: Sequence[int], counts: Sequence[int]) -> None:
     """`many-jobs-speed.svg`: throughput against one by one; `many-jobs-memory.svg`: peaks, and the bound of taking turns."""
     from plot import Line, write_plot
 
-    def over(way: str, tokens: int, key: str) -> list[float]:
+    def over(way: str, tokens: int, key: str) -> list[Any]:
         return [found[f"{way if n > 1 else 'interleaved'} {n} {tokens}"][key] for n in counts]
+
+    def gain(speeds: Sequence[float], tokens: int) -> float:
+        return statistics.median(ratios(speeds, ones[tokens]["speeds"]))
 
     ones = {tokens: found[f"interleaved 1 {tokens}"] for tokens in lengths}
     lines = [
-        Line(f"{way}, {tokens} tokens a chunk", counts, [speed / ones[tokens]["speed"] for speed in over(way, tokens, "speed")])
+        Line(f"{way}, {tokens} tokens a chunk", counts, [gain(speeds, tokens) for speeds in over(way, tokens, "speeds")])
         for tokens in lengths
         for way in ("fused", "interleaved")
     ]
@@ -253,16 +273,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256], help="of a chunk; ragged: on average")
     parser.add_argument("--chunks", type=int, default=2, help="chunks of a step")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps of each job a round, after its first")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lap", type=int, default=512, help="tokens of a lap, roughly: some whole steps of every job")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--weights", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--plot", type=Path, help="write SVGs of the speed part into this folder")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.measure:
-        work = measure_adapters if told.measure["part"] == "adapters" else measure_speed
-        print(json.dumps(work(told.measure)))
+        if told.measure["part"] == "adapters":
+            print(json.dumps(measure_adapters(told.measure)))
+        else:
+            measure_speed(told.measure)
         return
     counts, found = sorted({1, *told.jobs}), dict[str, Any]()
     if "speed" in told.only:
@@ -277,8 +299,8 @@ def main() -> None:
             print(f"\nrows of {LEAST} to {max(LEAST, 2 * tokens - LEAST)} tokens, {told.weights}\n")
             print(ragged_table(found["ragged"], tokens, counts))
     if "adapters" in told.only:
-        program = measured(told, part="adapters", adapters=told.adapters, tokens=64, steps=max(3, told.steps))
-        found["adapters"] = medians(in_turn({"adapters": program}, told.rounds)["adapters"])
+        program = measured(told, part="adapters", adapters=told.adapters, tokens=64, steps=5)
+        found["adapters"] = medians(in_turn({"adapters": program}, min(3, told.rounds))["adapters"])
         print(f"\n{told.adapters} adapters, {told.weights}\n\n{adapters_table(found['adapters'])}")
     print(json.dumps({"weights": told.weights} | found))
 
