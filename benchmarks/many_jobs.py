@@ -15,9 +15,7 @@ start-up is told apart. Prints tables, and a line of JSON.
 """
 
 import argparse
-import ctypes
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import in_laps, in_turn, lane, ratios, spread, table
+from random_jobs import examples, loaded, started
 
 STARTED = time.perf_counter()
 PARTS = ("speed", "ragged", "adapters")
@@ -38,24 +37,6 @@ LEAST = 8
 
 
 # --- in the measuring process ---
-
-
-def loaded(told: dict[str, Any]) -> tuple[Any, Any]:
-    """(the demo's base, a plan), and no memory left over from loading."""
-    import torch
-
-    from snugtune.console import quiet_libraries
-    from snugtune.model.base import load_base
-    from snugtune.model.source import find_model
-    from snugtune.types import Plan
-
-    quiet_libraries()
-    weights = told["weights"]
-    plan = Plan("cpu", weights, 1, "none", 512, torch.get_num_threads(), weights, fused_tokens=told.get("fused_tokens", 0))
-    base = load_base(find_model("demo"), plan)
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    return base, plan
 
 
 def lengths_of(jobs: int, rows: int, mean: int, ragged: bool) -> list[list[int]]:
@@ -72,33 +53,6 @@ def padded(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[max(row) for row in zip(*lengths, strict=True)] for _ in lengths]
 
 
-def examples(real: Sequence[int], laid: Sequence[int], seed: int) -> tuple[Any, ...]:
-    """Rows of random tokens; what is laid out beyond the real ones carries no weight."""
-    import torch
-
-    from snugtune.types import Example
-
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for count, length in zip(real, laid, strict=True):
-        weights = (torch.arange(length) < count).float().index_fill(0, torch.tensor(0), 0.0)
-        made.append(Example(torch.randint(3, 1000, (length,), generator=generator), weights, "random"))
-    return tuple(made)
-
-
-def started(base: Any, plan: Any, name: str, rows: tuple[Any, ...], batch: int, method: dict[str, Any]) -> Any:
-    """A job of one sequence a chunk. All have one seed, so that rows of the same place meet in a forward."""
-    from snugtune.config import JobConfig
-    from snugtune.training.examples import JobData
-    from snugtune.training.job import start_job
-
-    longest = max(len(row.tokens) for row in rows)
-    plain = {"name": name, "data": "random", "batch_size": batch, "steps": 10**6, "max_seq_len": longest, "method": method}
-    job = start_job(base, JobConfig.model_validate(plain), JobData(rows), plan)
-    job.capacity = 0
-    return job
-
-
 def measure_speed(told: dict[str, Any]) -> None:
     """Real tokens a second of some jobs together, lap by lap, and their peak memory."""
     from snugtune.memory.budget import Watch
@@ -108,7 +62,7 @@ def measure_speed(told: dict[str, Any]) -> None:
     real = lengths_of(jobs, rows, told["tokens"], told["ragged"])
     laid = padded(real) if told["way"] == "padded" else real
     told["fused_tokens"] = {"interleaved": 0, "fused": 512, "padded": jobs * max(map(max, laid))}[told["way"]]
-    base, plan = loaded(told)
+    base, plan = loaded("demo", told["weights"], fused_tokens=told.get("fused_tokens", 0))
     trainer = Trainer(base, plan, Watch("cpu"))
     for at in range(jobs):
         trainer.add(started(base, plan, f"job-{at}", examples(real[at], laid[at], at), chunks, {"type": "lora"}))
@@ -134,7 +88,7 @@ def measure_adapters(told: dict[str, Any]) -> dict[str, float]:
     from snugtune.memory.budget import Watch
     from snugtune.training.trainer import Trainer
 
-    base, plan = loaded(told)
+    base, plan = loaded("demo", told["weights"], fused_tokens=told.get("fused_tokens", 0))
     method = {"type": "lora", "target_modules": ["q_proj", "v_proj"]}
     rows = examples([told["tokens"]] * 8, [told["tokens"]] * 8, 0)
     most, found = told["adapters"], dict[str, float]()
