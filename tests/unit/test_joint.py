@@ -184,10 +184,9 @@ class DrawsFromOneStream(Trainer):
 
     drawn = 0
 
-    def _collated(self, chunks: Any) -> Any:
-        batch = super()._collated(chunks)
+    def _accumulate(self, chunks: Any, sizes: Any, guard: Any) -> Any:
         self.drawn += len(chunks)
-        return replace(batch, segments=tuple(replace(s, seed=s.seed + self.drawn) for s in batch.segments))
+        return super()._accumulate([replace(chunk, seed=chunk.seed + self.drawn) for chunk in chunks], sizes, guard)
 
 
 @pytest.mark.parametrize("wrong", [ClipsAllTogether, LeaksARow, DrawsFromOneStream])

@@ -28,6 +28,7 @@ from snugtune.objectives import Objective
 from snugtune.objectives.sft import Sft, SftConfig
 from snugtune.session import save_artefact
 from snugtune.training.checkpoint import JOB_FILE, load_job, save_job
+from snugtune.training.evaluation import logprobs
 from snugtune.training.examples import examples_of
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
@@ -151,8 +152,8 @@ class LiveJob:
         """
         trainer, job = self._by_hand()
         groups, chunks = self._cut(trainer, job, examples)
-        logprobs = by_example(groups, chunks, trainer.logprobs(chunks, training=True))
-        loss, gradients = slopes(fn, logprobs, examples)
+        found = by_example(groups, chunks, logprobs(trainer.base, chunks, training=True))
+        loss, gradients = slopes(fn, found, examples)
         largest = max(float(gradient.abs().max()) for gradient in gradients)
         scale = 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0  # a power of 2; fp16 would lose small ones
         weighted = [
@@ -204,7 +205,7 @@ class LiveJob:
         """The log probabilities of each example's scored tokens, [n_i] each, fp32; as in an evaluation, without gradients."""
         trainer, job = self._at_work()
         groups, chunks = self._cut(trainer, job, examples)
-        return by_example(groups, chunks, trainer.logprobs(chunks))
+        return by_example(groups, chunks, logprobs(trainer.base, chunks))
 
     def sample(
         self,

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -17,18 +17,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snugtune.data.pack import collate
+from snugtune.data.pack import collate, scored
 from snugtune.errors import InputError, JobFailedError, StopRequestedError
 from snugtune.methods import METHODS
 from snugtune.model.base import Base
-from snugtune.model.generate import Sampling, generate
 from snugtune.objectives import Objective
 from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Guard, Job, quarantine
-from snugtune.training.metrics import Sample, StepMetrics
+from snugtune.training.metrics import StepMetrics
 from snugtune.training.rest import Residence
 from snugtune.training.schedule import Waiting, next_batch, schedule
-from snugtune.types import MIN_ROWS, Batch, Chunk, Plan, Segment
+from snugtune.types import Chunk, Plan
 
 MAX_SKIPS = 10
 """Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
@@ -131,9 +130,15 @@ class Trainer:
     def wake(self, name: str) -> None:
         """Bring a job back from `rest`; it takes part again, with no arrears to catch up with. Raises `StorageError`."""
         job = self.jobs[name]
-        self._bring_in(job)
+        self.bring_in(job)
         if job.paused:
             job.served, job.paused = max(job.served, self._hindmost()), False
+
+    def bring_in(self, job: Job) -> None:
+        """Have a job's state in memory. Raises `StorageError` where it cannot be read."""
+        if job.at_rest is not None:
+            self.residence.make_room(self.jobs.values(), job, quarantine)
+            self.residence.take(job)
 
     def close(self) -> None:
         """Remove what lies on disk of jobs at rest: nothing is trained any more."""
@@ -141,12 +146,6 @@ class Trainer:
 
     def _between_steps(self, job: Job) -> bool:
         return job.name not in self.turns and all(weight.grad is None for weight in job.attached.parameters())
-
-    def _bring_in(self, job: Job) -> None:
-        """Have a job's state in memory. Raises `StorageError` where it cannot be read."""
-        if job.at_rest is not None:
-            self.residence.make_room(self.jobs.values(), job, quarantine)
-            self.residence.take(job)
 
     def _hindmost(self) -> float:
         """Virtual tokens of the job that is furthest behind, 0 where there is none."""
@@ -196,7 +195,7 @@ class Trainer:
         if sizes is None:
             sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
         for job in (self.jobs[name] for name in queues):
-            self._bring_in(job)
+            self.bring_in(job)
             if any(weight.grad is None for weight in job.attached.parameters()):
                 job.attached.zero_grad()
         losses = {name: torch.zeros((), device=self.base.device) for name in queues}
@@ -244,7 +243,7 @@ class Trainer:
     def _begin(self, job: Job) -> bool:
         """Open the job's next step; whether that went well."""
         with quarantine(job):
-            self._bring_in(job)
+            self.bring_in(job)
             chunks = job.chunks()
             size = sum(job.objective.size(c) for c in chunks)
             job.attached.zero_grad()
@@ -288,7 +287,7 @@ class Trainer:
         """
         losses: dict[str, Tensor] = {}
         self.base.model.train()
-        batch = self._collated(chunks)
+        batch = collate(chunks, self.base.min_rows, self.base.device)
         with self.base.routed(batch):  # spans backward: recompute runs there
             hidden = self.base.hidden(batch)
             gradient = torch.zeros_like(hidden)
@@ -296,7 +295,7 @@ class Trainer:
                 job = self.jobs[chunk.job]
                 objective = objectives.get(job.name, job.objective)
                 with guard(job):
-                    states = _states(hidden.detach(), chunk, segment).requires_grad_()
+                    states = scored(hidden.detach(), chunk, segment).requires_grad_()
                     loss = objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
                     (loss if job.scaler is None else job.scaler.scale(loss)).backward()
                     assert states.grad is not None
@@ -305,9 +304,6 @@ class Trainer:
             if hidden.requires_grad and losses:
                 hidden.backward(gradient)
         return losses
-
-    def _collated(self, chunks: Sequence[Chunk]) -> Batch:
-        return collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
 
     def _step_of(self, job: Job) -> float | None:
         """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed.
@@ -325,68 +321,6 @@ class Trainer:
     def start_metrics(self) -> list[StepMetrics]:
         """A step 0 for every job: what is evaluated and sampled before training."""
         return [StepMetrics(job.name, 0, job.total, 0.0) for job in self.jobs.values()]
-
-    def evaluated(self, metrics: StepMetrics) -> StepMetrics:
-        """`metrics` with the held-out loss, where one is due. Raises `StopRequestedError` when asked to stop meanwhile."""
-        job = self.jobs[metrics.job]
-        every = job.config.eval_every
-        due = metrics.step in (0, job.total) or (every is not None and metrics.step % every == 0)
-        if not (due and job.data.held_out):
-            return metrics
-        loss, tokens = self.evaluate(job)
-        known = loss if math.isfinite(loss) else None
-        return replace(metrics, eval_loss=known, eval_tokens=tokens, peak_memory=self.watch.peak())
-
-    def evaluate(self, job: Job) -> tuple[float, int]:
-        """(mean loss, label tokens) over the job's held-out examples, of which there is at least one."""
-        self._bring_in(job)
-        chunks = job.evaluation_chunks()
-        total, size = 0.0, sum(job.objective.size(c) for c in chunks)
-        training = self.base.model.training
-        self.base.model.eval()
-        try:
-            with torch.no_grad():
-                for chunk in chunks:
-                    if self.stop_requested():
-                        raise StopRequestedError
-                    batch = self._collated([chunk])
-                    with self.base.routed(batch):
-                        states = _states(self.base.hidden(batch), chunk, batch.segments[0])
-                        head = self.base.head.for_segment(batch.segments[0])
-                        total += float(job.objective.loss(head, states, chunk, False))
-        finally:
-            self.base.model.train(training)
-        return total / size, sum(len(c.rows) for c in chunks)
-
-    def logprobs(self, chunks: Sequence[Chunk], training: bool = False) -> list[Tensor]:
-        """Log probabilities of each chunk's targets, [n] each, without gradients.
-
-        `training`: those that a forward for training has, with its dropout and noise.
-        """
-        before = self.base.model.training
-        self.base.model.train(training)
-        try:
-            with torch.no_grad():
-                return [self._logprobs(chunk) for chunk in chunks]
-        finally:
-            self.base.model.train(before)
-
-    def _logprobs(self, chunk: Chunk) -> Tensor:
-        batch = self._collated([chunk])
-        with self.base.routed(batch):
-            states = _states(self.base.hidden(batch), chunk, batch.segments[0])
-            return self.base.head.for_segment(batch.segments[0]).logprobs(states, chunk.targets.to(states.device))
-
-    def samples(self, metrics: StepMetrics) -> list[Sample]:
-        """What the job answers at this step to its prompts, straight from the training weights, where that is due."""
-        job = self.jobs[metrics.job]
-        if not job.samples_due(metrics.step):
-            return []
-        self._bring_in(job)
-        stops, how = job.data.prompts[0].stops, Sampling(max_new_tokens=job.config.samples.max_new_tokens)
-        answers = generate(self.base, job.name, [p.tokens for p in job.data.prompts], stops, how)
-        pairs = enumerate(zip(job.data.prompts, answers, strict=True))
-        return [Sample(job.name, metrics.step, index, prompt.text, answer) for index, (prompt, answer) in pairs]
 
     def _optim_step(self, job: Job, lr: float | None = None) -> float:
         for group in job.optimizer.param_groups:
@@ -436,11 +370,6 @@ class Trainer:
             tokens_per_second=round((self.tokens - before) / (self.seconds - since), 2),
             peak_memory=self.watch.peak(),
         )
-
-
-def _states(hidden: Tensor, chunk: Chunk, segment: Segment) -> Tensor:
-    """[n, D]: the states of a chunk's scored rows."""
-    return hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))
 
 
 @contextmanager
