@@ -24,7 +24,7 @@ from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
 from snugtune.run import train
 from snugtune.training import evaluation
-from snugtune.training import trainer as trainer_module
+from snugtune.training import step as step_module
 from snugtune.training.job import Job
 from snugtune.training.schedule import Served, faults
 from snugtune.training.trainer import Trainer
@@ -174,7 +174,7 @@ def test_a_job_that_is_not_finite_is_given_up_alone(
     plant: Callable[[Job], None], run: Run, clean: dict[str, End], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its step is skipped; after some of them in a row it is given up."""
-    monkeypatch.setattr(trainer_module, "MAX_SKIPS", 2)
+    monkeypatch.setattr(step_module, "MAX_SKIPS", 2)
     bad = run.trainer.jobs[BAD]
     run.train(until=lambda: bad.step == 1)
     plant(bad)
@@ -248,7 +248,7 @@ def test_steps_that_break_off_before_their_optimizer_begin_anew(
 ) -> None:
     """Steps that others have done at that moment are reported nevertheless."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "clip_grad_norm", Interrupts(trainer_module.clip_grad_norm, k, error, after))
+        patch.setattr(step_module, "clip_grad_norm", Interrupts(step_module.clip_grad_norm, k, error, after))
         _goes_on_to(clean, run, type(error))
 
 

@@ -161,10 +161,10 @@ def test_jobs_come_and_go(fused: int, stages: Stages) -> None:
 
 
 class ClipsAllTogether(Trainer):
-    def _optim_step(self, job: Job) -> float:
+    def _step_of(self, job: Job) -> float | None:
         flats = [j.attached.parameters()[0] for j in self.jobs.values() if j.attached.parameters()[0].grad is not None]
         torch.nn.utils.clip_grad_norm_(flats, 1.0)
-        return super()._optim_step(job)
+        return super()._step_of(job)
 
 
 class LeaksARow(Trainer):
