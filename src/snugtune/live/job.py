@@ -26,7 +26,7 @@ from snugtune.methods.lora import CONFIG_FILE
 from snugtune.model.generate import Sampling
 from snugtune.objectives import Objective
 from snugtune.objectives.sft import Sft, SftConfig
-from snugtune.session import save_artefact
+from snugtune.training.artefact import save_artefact
 from snugtune.training.checkpoint import JOB_FILE, load_job, save_job
 from snugtune.training.evaluation import logprobs
 from snugtune.training.examples import examples_of
