@@ -1,10 +1,9 @@
-"""The run's config: aggregates the components' own configs, reads YAML, applies overrides, explains mistakes."""
+"""The run's config: aggregates the components' own configs, and reads a file of them, with what overrides it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,10 +11,11 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from snugtune.config_errors import ConfigError, explain
-from snugtune.config_yaml import parse_yaml, read_yaml
+from snugtune.config_overrides import apply, overlaid
+from snugtune.config_yaml import read_yaml
 from snugtune.data.forms import half_character
 from snugtune.data.mix import ConcatConfig, InterleaveConfig
-from snugtune.data.sources import SourceConfig
+from snugtune.data.sources import SourceConfig, as_sources
 from snugtune.errors import InputError
 from snugtune.methods import METHODS, MethodConfig
 from snugtune.methods.lora import LoraConfig
@@ -27,16 +27,7 @@ from snugtune.schema import Config
 DEFAULT_JOB = "default"
 _NAMES = "letters, digits, '.', '_' and '-', at most 64, the first a letter or a digit"
 
-_SOURCES = ("data", "validation")
-"""Fields whose short form is a path; that of the others is a type."""
-
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-
-
-def _as_sources(value: Any) -> Any:
-    """A path, a mapping, a list of either, or nothing: always a list of mappings."""
-    items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
 def _typed(default: str, **also: str) -> Any:
@@ -136,7 +127,7 @@ class JobFields(Config):
         "model_name_or_path": "model",
     }
 
-    data: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(
+    data: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)] = Field(
         default=(), description="training data: a path, {path, format, ...}, or a list of these"
     )
     mixing: Annotated[ConcatConfig | InterleaveConfig, Field(discriminator="type"), _typed("concat")] = Field(
@@ -323,7 +314,7 @@ class RunConfig(JobFields):
         resolved = []
         for index, own in enumerate(self.jobs):
             try:
-                resolved.append(JobConfig.model_validate(_overlay(plain, own)))
+                resolved.append(JobConfig.model_validate(overlaid(plain, own)))
             except ValidationError as error:
                 problems = explain(error, JobConfig, RunConfig)
                 raise ValueError("; ".join(f"jobs.{index}: {problem}" for problem in problems)) from error
@@ -334,28 +325,13 @@ class RunConfig(JobFields):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _overlay(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `shared`. A nested config is merged field by field unless its `type` changes; epochs replace steps."""
-    merged = dict(shared)
-    for key, value in own.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, str) and key not in _SOURCES:
-            value = {"type": value}
-        same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
-        merged[key] = {**old, **value} if same_kind and isinstance(old, dict) and isinstance(value, dict) else value
-    for given, other in (("epochs", "steps"), ("steps", "epochs")):
-        if own.get(given) is not None and other not in own:
-            merged[other] = None
-    return merged
-
-
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=value` overrides. Raises `InputError` naming file or override, field and fix."""
     path = Path(path)
     raw = read_yaml(path)
     stages = [(str(path), deepcopy(raw))]
     for override in overrides:
-        _apply(raw, override)
+        apply(raw, override)
         stages.append((f"--set {override}", deepcopy(raw)))
     try:
         return to_config(raw, str(path))
@@ -396,52 +372,3 @@ def to_config(raw: RunConfig | Mapping[str, Any], origin: str = "config") -> Run
         return RunConfig.model_validate(dict(raw))
     except ValidationError as error:
         raise ConfigError(origin, explain(error, RunConfig)) from error
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one `a.b=value` (the value in YAML) in a nested mapping; list items go by their index."""
-    path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise InputError(f"--set {override}: expected field=value, for example --set optimizer.lr=1e-4")
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML") from error
-    *parents, leaf = (name.strip() for name in path.split("."))
-    if not all((*parents, leaf)):
-        raise InputError(f"--set {override}: a name is empty; write field=value or group.field=value")
-    place: Any = raw
-    for key, below in pairwise([*parents, leaf]):
-        place = _child(place, key, below, override)
-    if isinstance(place, list):
-        place[_index(place, leaf, override)] = value
-    elif isinstance(place, dict):
-        place[leaf] = value
-    else:
-        raise InputError(f"--set {override}: '{'.'.join(parents)}' is not a group of fields")
-
-
-def _child(place: Any, key: str, below: str, override: str) -> Any:
-    """What stands at `key`, made ready for a field or position `below`."""
-    if isinstance(place, list):
-        return place[_index(place, key, override)]
-    if not isinstance(place, dict):
-        raise InputError(f"--set {override}: '{key}' is not inside a group of fields")
-    inner = place.get(key)
-    if key == "data" and below.isdecimal() and isinstance(inner, (str, dict)):
-        inner = place[key] = list(_as_sources(inner))  # one source is a list of one
-    elif inner is None and below.isdecimal():
-        raise InputError(
-            f"--set {override}: '{key}' is no list, so it has no position {below}; give it whole: --set '{key}=[...]'"
-        )
-    elif inner is None:
-        inner = place[key] = {}
-    elif isinstance(inner, str):
-        inner = place[key] = {"path" if key in _SOURCES else "type": inner}  # `schedule: cosine`, --set schedule.warmup=0.1
-    return inner
-
-
-def _index(place: list[Any], key: str, override: str) -> int:
-    if not (key.isascii() and key.isdigit()) or int(key) >= len(place):
-        raise InputError(f"--set {override}: '{key}' is not one of the list's {len(place)} positions (from 0)")
-    return int(key)

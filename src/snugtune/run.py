@@ -26,6 +26,7 @@ from snugtune.report import write_report
 from snugtune.session import Logs, Session
 from snugtune.tracking import Tracking, check_tracking, start_tracking
 from snugtune.training.checkpoint import drop_best
+from snugtune.training.evaluation import evaluated, sampled
 from snugtune.training.job import quarantine
 from snugtune.training.metrics import Sample, by_job, held_out_course, read_metrics
 from snugtune.training.verdict import warning
@@ -191,10 +192,10 @@ def _report_step(session: Session, logs: Logs, observer: Observer) -> None:
     job, samples = trainer.jobs[metrics.job], list[Sample]()
     with quarantine(job):
         if metrics.eval_tokens is None:  # else it was evaluated before a disk failed under its samples
-            metrics = trainer.evaluated(metrics)
+            metrics = evaluated(trainer, metrics)
             session.judge(metrics)
             session.pending[0] = metrics
-        samples = trainer.samples(metrics)
+        samples = sampled(trainer, metrics)
     if session.park(job, observer.note):
         session.held_back.append(session.pending.pop(0))
         return

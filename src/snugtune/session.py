@@ -1,4 +1,4 @@
-"""A run in progress: what it holds between its steps, where it reports to, and what it leaves of a finished job."""
+"""A run in progress: what it holds between its steps, and where it reports to."""
 
 import time
 import traceback
@@ -6,23 +6,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from snugtune.config import RunConfig
 from snugtune.errors import SnugtuneError, StorageError
-from snugtune.files import whole_folder
 from snugtune.folder import RunFolder
 from snugtune.memory.plan import Planned
-from snugtune.model.base import Base
 from snugtune.tracking import Tracking
+from snugtune.training.artefact import save_artefact
 from snugtune.training.checkpoint import load_best, save_best, save_checkpoint
 from snugtune.training.job import Ended, Job, quarantine
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
 from snugtune.training.trainer import Trainer
-from snugtune.types import NARROW, Plan
-from snugtune.words import counted, one_line
+from snugtune.words import one_line
 
 AUTO_CHECKPOINTS = 10
 """Checkpoints in a run that does not say how often."""
@@ -265,28 +262,3 @@ def _clear(frame: FrameType | None) -> None:
         while frame is not None:
             frame.clear()
             frame = frame.f_back
-
-
-def save_artefact(folder: Path, base: Base, plan: Plan, job: Job) -> None:
-    """Write a job's adapter or model folder, whole, with its model card and the tokenizer. Raises `StorageError`."""
-    with whole_folder(folder) as made:
-        job.attached.save(made)
-        base.tokenizer.save_pretrained(made)
-        (made / "README.md").write_text(_card(base, plan, job), encoding="utf-8")
-
-
-def _card(base: Base, plan: Plan, job: Job) -> str:
-    """A model card: where this comes from and how to load it."""
-    c = job.config
-    library = "peft" if c.method.type == "lora" else "transformers"
-    data = f"{counted(c.batch_size, 'examples')}, {counted(len(job.data.train), 'training examples')}"
-    about = (
-        f"Fine-tuned from `{base.name}` with snugtune: method `{c.method.type}`, {counted(job.step, 'steps')} "
-        f"{'driven by hand' if job.by_hand else f'of {data}'}, seed {c.seed}."
-    )
-    if plan.weights in NARROW:
-        about += f" The base's weights were kept in {plan.weights} meanwhile, and computed with in {plan.compute}."
-    if c.keep_best and job.best is not None:
-        about += f" The weights are those of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}."
-    head = ["---", f"base_model: {base.name}", f"library_name: {library}", "tags: [snugtune]", "---"]
-    return "\n".join([*head, "", f"# {c.name}", "", about, "", f"Base fingerprint: `{base.fingerprint}`", ""])

@@ -17,7 +17,6 @@ NARROW: frozenset[str] = frozenset({"int8", "nf4"})
 Recompute = Literal["none", "blocks"]
 OptimizerState = Literal["fp32", "8bit", "paged"]
 Offload = Literal["none", "activations", "weights"]
-Execution = Literal["interleaved", "fused"]
 
 MIN_ROWS = 16
 """Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""

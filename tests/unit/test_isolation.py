@@ -23,7 +23,8 @@ from snugtune.errors import InputError, JobFailedError, StopRequestedError, Stor
 from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
 from snugtune.run import train
-from snugtune.training import trainer as trainer_module
+from snugtune.training import evaluation
+from snugtune.training import step as step_module
 from snugtune.training.job import Job
 from snugtune.training.schedule import Served, faults
 from snugtune.training.trainer import Trainer
@@ -173,7 +174,7 @@ def test_a_job_that_is_not_finite_is_given_up_alone(
     plant: Callable[[Job], None], run: Run, clean: dict[str, End], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its step is skipped; after some of them in a row it is given up."""
-    monkeypatch.setattr(trainer_module, "MAX_SKIPS", 2)
+    monkeypatch.setattr(step_module, "MAX_SKIPS", 2)
     bad = run.trainer.jobs[BAD]
     run.train(until=lambda: bad.step == 1)
     plant(bad)
@@ -247,7 +248,7 @@ def test_steps_that_break_off_before_their_optimizer_begin_anew(
 ) -> None:
     """Steps that others have done at that moment are reported nevertheless."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "clip_grad_norm", Interrupts(trainer_module.clip_grad_norm, k, error, after))
+        patch.setattr(step_module, "clip_grad_norm", Interrupts(step_module.clip_grad_norm, k, error, after))
         _goes_on_to(clean, run, type(error))
 
 
@@ -330,11 +331,11 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dic
 def _only_for(name: str, right: Callable[..., Any], wrong: Callable[..., Any]) -> Callable[..., Any]:
     """`wrong` for the job of this name, once it has trained."""
 
-    def either(self: Any, *inputs: Any) -> Any:
-        subject = inputs[0] if isinstance(self, Trainer) else self
+    def either(first: Any, *inputs: Any) -> Any:
+        subject = inputs[0] if isinstance(first, Trainer) else first
         name_of = subject.job if isinstance(subject, LoraAttached) else subject.name
         begun = isinstance(subject, LoraAttached) or subject.step > 0
-        return (wrong if name_of == name and begun else right)(self, *inputs)
+        return (wrong if name_of == name and begun else right)(first, *inputs)
 
     return either
 
@@ -343,14 +344,14 @@ def _only_for(name: str, right: Callable[..., Any], wrong: Callable[..., Any]) -
 @pytest.mark.parametrize(
     ("owner", "method", "raises", "said", "reason"),
     [
-        (Trainer, "evaluate", Boom("it broke"), Boom, "it broke"),
-        (Trainer, "evaluate", InputError("it is no good"), JobFailedError, "job 'b': it is no good"),
+        (evaluation, "evaluate", Boom("it broke"), Boom, "it broke"),
+        (evaluation, "evaluate", InputError("it is no good"), JobFailedError, "job 'b': it is no good"),
         (LoraAttached, "save", Boom("it broke"), Boom, "it broke"),
         (LoraAttached, "save", StorageError("the disk is full"), StorageError, "the disk is full"),
     ],
 )
 def test_a_run_goes_on_without_the_job_that_breaks(
-    owner: type, method: str, raises: Exception, said: type[Exception], reason: str, fused: bool,
+    owner: Any, method: str, raises: Exception, said: type[Exception], reason: str, fused: bool,
     tmp_path: Path, model_folder: Path, results: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """In its evaluation, or when its result is saved. What broke it is told when the others are done."""

@@ -161,10 +161,10 @@ def test_jobs_come_and_go(fused: int, stages: Stages) -> None:
 
 
 class ClipsAllTogether(Trainer):
-    def _optim_step(self, job: Job) -> float:
+    def _step_of(self, job: Job) -> float | None:
         flats = [j.attached.parameters()[0] for j in self.jobs.values() if j.attached.parameters()[0].grad is not None]
         torch.nn.utils.clip_grad_norm_(flats, 1.0)
-        return super()._optim_step(job)
+        return super()._step_of(job)
 
 
 class LeaksARow(Trainer):
@@ -184,10 +184,9 @@ class DrawsFromOneStream(Trainer):
 
     drawn = 0
 
-    def _collated(self, chunks: Any) -> Any:
-        batch = super()._collated(chunks)
+    def _accumulate(self, chunks: Any, sizes: Any, guard: Any) -> Any:
         self.drawn += len(chunks)
-        return replace(batch, segments=tuple(replace(s, seed=s.seed + self.drawn) for s in batch.segments))
+        return super()._accumulate([replace(chunk, seed=chunk.seed + self.drawn) for chunk in chunks], sizes, guard)
 
 
 @pytest.mark.parametrize("wrong", [ClipsAllTogether, LeaksARow, DrawsFromOneStream])

@@ -32,6 +32,7 @@ from snugtune.model.base import Base
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.load import format_of, load_config, load_frozen, load_model
 from snugtune.model.source import ModelSource
+from snugtune.training.evaluation import evaluate as asked
 from snugtune.training.examples import JobData
 from snugtune.training.job import start_job
 from snugtune.training.trainer import Trainer
@@ -328,7 +329,7 @@ def _trained(
                 trainer.jobs[name].load_state({k: v.clone() for k, v in tensors.items()}, numbers)
         if evaluate:
             for job in trainer.jobs.values():
-                trainer.evaluate(job)
+                asked(trainer, job)
         while any(job.step <= step for job in trainer.jobs.values()):
             trainer.step()
     return {name: job.attached.state()["flat"].clone() for name, job in trainer.jobs.items()}

@@ -27,6 +27,7 @@ from snugtune.model.generate import Sampling, generate
 from snugtune.observer import RunResult, Silent
 from snugtune.run import train
 from snugtune.training.checkpoint import save_checkpoint
+from snugtune.training.evaluation import evaluate
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
 from snugtune.training.metrics import StepMetrics
@@ -85,7 +86,7 @@ def outcome(trainer: Trainer, most: int) -> dict[str, Any]:
     while steps := trainer.step():
         assert len(in_memory(trainer)) <= most
         for m in steps:
-            loss = trainer.evaluate(trainer.jobs[m.job])[0]
+            loss = evaluate(trainer, trainer.jobs[m.job])[0]
             history.append((m.job, m.step, m.loss, m.grad_norm, m.total_tokens, loss))
         assert len(in_memory(trainer)) <= most
     ended: dict[str, Any] = {"history": sorted(history)}
@@ -291,11 +292,11 @@ def test_not_in_the_middle_of_a_step(base: Base, tmp_path: Path) -> None:
 def test_what_is_at_rest_is_not_the_bare_base(base: Base, tmp_path: Path) -> None:
     """Its factors are not there: an answer without them would pass for its own. Evaluating wakes it."""
     trainer = trainer_of(base, PLAN, tmp_path, "ab")
-    before = trainer.evaluate(trainer.jobs["a"])
+    before = evaluate(trainer, trainer.jobs["a"])
     trainer.rest("a")
     with pytest.raises(InputError, match=r"^job 'a' is at rest on disk; wake it first$"):
         generate(base, "a", [[5, 6, 7]], [2], Sampling(max_new_tokens=2))
-    assert trainer.evaluate(trainer.jobs["a"]) == before
+    assert evaluate(trainer, trainer.jobs["a"]) == before
     generate(base, "a", [[5, 6, 7]], [2], Sampling(max_new_tokens=2))
 
 

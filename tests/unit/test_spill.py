@@ -28,6 +28,7 @@ from snugtune.model.base import Base
 from snugtune.model.spill import WRITES_AHEAD, Disk, OnDisk, Spill
 from snugtune.observer import Silent
 from snugtune.run import train
+from snugtune.training.evaluation import evaluate
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
 from snugtune.training.metrics import StepMetrics
@@ -163,7 +164,7 @@ def test_training_is_that_of_recompute(method: str, dtype: torch.dtype, put_away
     runs = [trainer(offload, dtype, **METHODS[method], neftune_noise_alpha=5) for offload in ("activations", "none")]
     for _ in range(3):
         losses = [[m.loss for m in run.step()] for run, _ in runs]
-        held_out = [run.evaluate(job) for run, job in runs]
+        held_out = [evaluate(run, job) for run, job in runs]
         assert losses[0] == losses[1] and held_out[0] == held_out[1]
     assert equal(*(state(job) for _, job in runs))
     assert len(put_away) == 3 * 3 * 2  # steps, chunks, blocks: nothing of the evaluations

@@ -1,6 +1,6 @@
 """From examples to chunks to batches: which sequences share a row. Pure functions.
 
-Shapes: T tokens of a row, n scored positions.
+Shapes: T tokens of a row, n scored positions, D model width.
 """
 
 import hashlib
@@ -8,6 +8,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from snugtune.types import Batch, Chunk, Example, Segment
 
@@ -85,3 +86,8 @@ def collate(chunks: Sequence[Chunk], min_rows: int, device: torch.device | str =
         lengths=tuple(lengths),
         segments=tuple(segments),
     )
+
+
+def scored(states: Tensor, chunk: Chunk, segment: Segment) -> Tensor:
+    """Of the states of a batch's row, [T, D], those of one chunk's scored positions, [n, D]."""
+    return states[segment.tokens].index_select(0, chunk.rows.to(states.device))

@@ -58,6 +58,12 @@ class SourceConfig(Config):
         return value
 
 
+def as_sources(value: Any) -> Any:
+    """A path, a mapping, a list of either, or nothing: always a list of mappings."""
+    items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
 SHOWN_PLACES = 3
 SHOWN_REASONS = 12
 

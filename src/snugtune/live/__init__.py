@@ -19,6 +19,7 @@ from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.selftest import check_gradients
 from snugtune.model.source import find_model
 from snugtune.prepare import proved
+from snugtune.training.evaluation import evaluated
 from snugtune.training.examples import JobData, read_job, tokenize_job
 from snugtune.training.job import length_remark, quarantine, start_job
 from snugtune.training.metrics import StepMetrics
@@ -134,7 +135,7 @@ class LiveTrainer:
     def _evaluated(self, trainer: Trainer, metrics: StepMetrics) -> StepMetrics:
         job = trainer.jobs[metrics.job]
         with quarantine(job):
-            metrics = trainer.evaluated(metrics)
+            metrics = evaluated(trainer, metrics)
             job.judge(metrics)
         return metrics
 

@@ -26,11 +26,13 @@ from snugtune.methods.lora import CONFIG_FILE
 from snugtune.model.generate import Sampling
 from snugtune.objectives import Objective
 from snugtune.objectives.sft import Sft, SftConfig
-from snugtune.session import save_artefact
+from snugtune.training.artefact import save_artefact
 from snugtune.training.checkpoint import JOB_FILE, load_job, save_job
+from snugtune.training.evaluation import logprobs
 from snugtune.training.examples import examples_of
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.step import Work, completed
 from snugtune.training.trainer import Trainer
 from snugtune.tuned import Conversation, Tuned
 from snugtune.types import Chunk, Example, Plan
@@ -45,22 +47,6 @@ class PassMetrics:
     examples: int
     tokens: int
     label_tokens: int  # of these, those that are scored
-
-
-@dataclass
-class _Pending:
-    """What a job's gradient is made of since its last step."""
-
-    chunks: int = 0
-    examples: int = 0
-    tokens: int = 0
-    label_tokens: int = 0
-
-    def add(self, chunks: Sequence[Chunk]) -> None:
-        self.chunks += len(chunks)
-        self.examples += sum(len(c.lengths) for c in chunks)
-        self.tokens += sum(len(c.tokens) for c in chunks)
-        self.label_tokens += sum(len(c.rows) for c in chunks)
 
 
 @dataclass
@@ -93,7 +79,7 @@ class LiveJob:
         self.config = job.config
         self._bench = bench
         self._job = weakref.ref(job)  # one that was removed leaves the memory, whoever still knows of it
-        self._pending: _Pending | None = None  # None: no gradient
+        self._pending: Work | None = None  # what its gradient is made of since its last step; None: it has none
 
     @property
     def name(self) -> str:
@@ -140,7 +126,7 @@ class LiveJob:
         if not (math.isfinite(total) and total > 0):
             raise InputError(f"size: a loss cannot be divided by {total:g}; give a number above 0")
         loss = self._accumulate(trainer, job, chunks, how, total)
-        return PassMetrics(loss, total, len(examples), sum(len(c.tokens) for c in chunks), sum(len(c.rows) for c in chunks))
+        return _passed(loss, total, chunks)
 
     def forward_backward_custom(self, examples: Sequence[Example], fn: CustomLoss) -> PassMetrics:
         """Add the gradient of a loss of your own to the job's: `fn(logprobs, examples)` gives it, a scalar.
@@ -151,8 +137,8 @@ class LiveJob:
         """
         trainer, job = self._by_hand()
         groups, chunks = self._cut(trainer, job, examples)
-        logprobs = by_example(groups, chunks, trainer.logprobs(chunks, training=True))
-        loss, gradients = slopes(fn, logprobs, examples)
+        found = by_example(groups, chunks, logprobs(trainer.base, chunks, training=True))
+        loss, gradients = slopes(fn, found, examples)
         largest = max(float(gradient.abs().max()) for gradient in gradients)
         scale = 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0  # a power of 2; fp16 would lose small ones
         weighted = [
@@ -160,7 +146,7 @@ class LiveJob:
             for group, chunk in zip(groups, chunks, strict=True)
         ]
         self._accumulate(trainer, job, weighted, Sft(SftConfig()), 1.0 / scale)
-        return PassMetrics(loss, 1.0, len(examples), sum(len(c.tokens) for c in chunks), sum(len(c.rows) for c in chunks))
+        return _passed(loss, 1.0, chunks)
 
     def optim_step(self, lr: float | None = None) -> StepMetrics:
         """Clip the job's gradient by its max_grad_norm, step its optimizer and begin anew with no gradient.
@@ -180,31 +166,16 @@ class LiveJob:
             norm = trainer.optim_step([job.name], lr)[job.name]
         finally:
             self._drop(job)
-        job.seen_tokens += given.tokens
-        job.seen_label_tokens += given.label_tokens
+        metrics = completed(job, given, norm, trainer.watch.peak())
         if job.failure is not None:
             raise failure_of(job)
-        return StepMetrics(
-            job=job.name,
-            step=job.step,
-            total_steps=job.total,
-            epoch=0.0,
-            examples=given.examples,
-            tokens=given.tokens,
-            label_tokens=given.label_tokens,
-            total_tokens=job.seen_tokens,
-            total_label_tokens=job.seen_label_tokens,
-            lr=float(job.optimizer.param_groups[0]["lr"]),
-            grad_norm=norm if math.isfinite(norm) else None,
-            skipped=not math.isfinite(norm),
-            peak_memory=trainer.watch.peak(),
-        )
+        return metrics
 
     def logprobs(self, examples: Sequence[Example]) -> list[Tensor]:
         """The log probabilities of each example's scored tokens, [n_i] each, fp32; as in an evaluation, without gradients."""
         trainer, job = self._at_work()
         groups, chunks = self._cut(trainer, job, examples)
-        return by_example(groups, chunks, trainer.logprobs(chunks))
+        return by_example(groups, chunks, logprobs(trainer.base, chunks))
 
     def sample(
         self,
@@ -287,13 +258,17 @@ class LiveJob:
         except BaseException:
             self._drop(job)
             raise
-        self._pending = self._pending or _Pending()
-        self._pending.add(chunks)
+        self._pending = (self._pending or Work()) + Work.of(chunks)
         return float(losses[job.name])
 
     def _drop(self, job: Job) -> None:
         job.attached.drop_grad()
         self._pending = None
+
+
+def _passed(loss: float, size: float, chunks: Sequence[Chunk]) -> PassMetrics:
+    work = Work.of(chunks)
+    return PassMetrics(loss, size, work.examples, work.tokens, work.label_tokens)
 
 
 def failure_of(*jobs: Job) -> JobFailedError:

@@ -24,7 +24,7 @@ from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router, Spare, route_functions
 from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
-from snugtune.types import NARROW, Batch, Plan, Segment
+from snugtune.types import MIN_ROWS, NARROW, Batch, Plan, Segment
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
 
@@ -107,6 +107,11 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         return proofs.dtype_of(self.model)
+
+    @property
+    def min_rows(self) -> int:
+        """Tokens that a row is filled up to; 0 where a sequence has its row to itself."""
+        return MIN_ROWS if self.packable else 0
 
     @property
     def vocab_size(self) -> int:

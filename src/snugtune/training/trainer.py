@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -17,21 +17,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snugtune.data.pack import collate
-from snugtune.errors import InputError, JobFailedError, StopRequestedError
+from snugtune.data.pack import collate, scored
+from snugtune.errors import InputError, StopRequestedError
 from snugtune.methods import METHODS
 from snugtune.model.base import Base
-from snugtune.model.generate import Sampling, generate
 from snugtune.objectives import Objective
-from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Guard, Job, quarantine
-from snugtune.training.metrics import Sample, StepMetrics
+from snugtune.training.metrics import StepMetrics
 from snugtune.training.rest import Residence
 from snugtune.training.schedule import Waiting, next_batch, schedule
-from snugtune.types import MIN_ROWS, Batch, Chunk, Plan, Segment
-
-MAX_SKIPS = 10
-"""Non-finite gradients in a row after which a job is given up (fp16's loss scale needs a few to settle)."""
+from snugtune.training.step import Turn, Work, completed, optim_step
+from snugtune.types import Chunk, Plan
 
 LOOKAHEAD = 2
 """Forwards' worth of chunks to choose from: a step that is begun long before its chunks can run costs a gradient's memory."""
@@ -45,21 +41,6 @@ class Watch(Protocol):
     def peak(self) -> int:
         """Highest use so far, in bytes."""
         ...
-
-
-@dataclass
-class _Turn:
-    """A job's optimizer step under way: its chunks, and how many of them went through the base."""
-
-    chunks: list[Chunk]
-    size: float
-    loss: Tensor
-    began: tuple[int, float]  # the trainer's tokens and seconds then
-    done: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks[: self.done])
 
 
 class Trainer:
@@ -82,7 +63,7 @@ class Trainer:
         self.stop_requested = stop_requested
         self.residence = Residence(plan.resident_jobs, resting, self._between_steps)
         self.jobs: dict[str, Job] = {}
-        self.turns: dict[str, _Turn] = {}  # of the jobs in the middle of a step
+        self.turns: dict[str, Turn] = {}  # of the jobs in the middle of a step
         self.tokens, self.seconds = 0, 0.0  # of all jobs' training so far
         self._reports: list[StepMetrics] = []  # of steps that are done, where an exception came between
         base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
@@ -131,9 +112,19 @@ class Trainer:
     def wake(self, name: str) -> None:
         """Bring a job back from `rest`; it takes part again, with no arrears to catch up with. Raises `StorageError`."""
         job = self.jobs[name]
-        self._bring_in(job)
+        self.bring_in(job)
         if job.paused:
             job.served, job.paused = max(job.served, self._hindmost()), False
+
+    def bring_in(self, job: Job) -> None:
+        """Have a job's state in memory. Raises `StorageError` where it cannot be read."""
+        if job.at_rest is not None:
+            self.residence.make_room(self.jobs.values(), job, quarantine)
+            self.residence.take(job)
+
+    def start_metrics(self) -> list[StepMetrics]:
+        """A step 0 for every job: what is evaluated and sampled before training."""
+        return [StepMetrics(job.name, 0, job.total, 0.0) for job in self.jobs.values()]
 
     def close(self) -> None:
         """Remove what lies on disk of jobs at rest: nothing is trained any more."""
@@ -141,12 +132,6 @@ class Trainer:
 
     def _between_steps(self, job: Job) -> bool:
         return job.name not in self.turns and all(weight.grad is None for weight in job.attached.parameters())
-
-    def _bring_in(self, job: Job) -> None:
-        """Have a job's state in memory. Raises `StorageError` where it cannot be read."""
-        if job.at_rest is not None:
-            self.residence.make_room(self.jobs.values(), job, quarantine)
-            self.residence.take(job)
 
     def _hindmost(self) -> float:
         """Virtual tokens of the job that is furthest behind, 0 where there is none."""
@@ -161,7 +146,7 @@ class Trainer:
         job whose optimizer was at work is given up, as its weights are neither those before the step nor those after it.
         """
         while True:
-            for job in [self.jobs[name] for name in self.turns if self._is_through(name)]:
+            for job in [self.jobs[name] for name, turn in self.turns.items() if turn.through]:
                 turn = self.turns[job.name]
                 with self._clock():
                     norm = self._step_of(job)
@@ -175,46 +160,6 @@ class Trainer:
                 return []
             with self._clock():
                 self._run(next_batch(waiting, self.plan.fused_tokens))
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
-
-    def forward_backward(
-        self,
-        queues: Mapping[str, Sequence[Chunk]],
-        sizes: Mapping[str, float] | None = None,
-        objectives: Mapping[str, Objective] | None = None,
-    ) -> dict[str, Tensor]:
-        """Accumulate the gradients of chunks, given per job. Returns each job's loss (no host sync).
-
-        A job's loss is divided by its entry in `sizes`; without, its chunks must be all of its step, and it is divided by
-        their common size. `objectives`: what some jobs minimise instead of their own.
-        """
-        if sizes is None:
-            sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
-        for job in (self.jobs[name] for name in queues):
-            self._bring_in(job)
-            if any(weight.grad is None for weight in job.attached.parameters()):
-                job.attached.zero_grad()
-        losses = {name: torch.zeros((), device=self.base.device) for name in queues}
-        for chunks in schedule(queues, self.plan.fused_tokens):
-            for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext(), objectives or {}).items():
-                losses[name] += loss
-        return losses
-
-    def optim_step(self, names: Iterable[str], lr: float | None = None) -> dict[str, float]:
-        """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped.
-
-        `lr`: instead of what the job's schedule says.
-        """
-        return {name: self._optim_step(self.jobs[name], lr) for name in names}
-
-    def abandon(self, name: str) -> None:
-        """Let the step that a job is in the middle of, if it is, not have happened."""
-        self._forget_turn(self.jobs[name])
 
     def _waiting(self) -> list[Waiting]:
         """The jobs whose next chunk could go next. Taking turns, the one that has begun its step ends it first:
@@ -237,18 +182,14 @@ class Trainer:
             tokens += waiting[-1].tokens
         return waiting
 
-    def _served(self, job: Job) -> float:
-        turn = self.turns.get(job.name)
-        return job.served + (0 if turn is None else turn.tokens / job.config.weight)
-
     def _begin(self, job: Job) -> bool:
         """Open the job's next step; whether that went well."""
         with quarantine(job):
-            self._bring_in(job)
+            self.bring_in(job)
             chunks = job.chunks()
             size = sum(job.objective.size(c) for c in chunks)
             job.attached.zero_grad()
-            self.turns[job.name] = _Turn(chunks, size, torch.zeros((), device=self.base.device), (self.tokens, self.seconds))
+            self.turns[job.name] = Turn(chunks, size, torch.zeros((), device=self.base.device), (self.tokens, self.seconds))
         return job.failure is None
 
     def _run(self, names: Sequence[str]) -> None:
@@ -271,13 +212,6 @@ class Trainer:
             else:
                 self._forget_turn(self.jobs[chunk.job])
 
-    def _is_through(self, name: str) -> bool:
-        return self.turns[name].done == len(self.turns[name].chunks)
-
-    def _forget_turn(self, job: Job) -> None:
-        if self.turns.pop(job.name, None) is not None:
-            job.attached.drop_grad()
-
     def _accumulate(
         self, chunks: Sequence[Chunk], sizes: Mapping[str, float], guard: Guard, objectives: Mapping[str, Objective] = _OWN
     ) -> dict[str, Tensor]:
@@ -288,7 +222,7 @@ class Trainer:
         """
         losses: dict[str, Tensor] = {}
         self.base.model.train()
-        batch = self._collated(chunks)
+        batch = collate(chunks, self.base.min_rows, self.base.device)
         with self.base.routed(batch):  # spans backward: recompute runs there
             hidden = self.base.hidden(batch)
             gradient = torch.zeros_like(hidden)
@@ -296,7 +230,7 @@ class Trainer:
                 job = self.jobs[chunk.job]
                 objective = objectives.get(job.name, job.objective)
                 with guard(job):
-                    states = _states(hidden.detach(), chunk, segment).requires_grad_()
+                    states = scored(hidden.detach(), chunk, segment).requires_grad_()
                     loss = objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
                     (loss if job.scaler is None else job.scaler.scale(loss)).backward()
                     assert states.grad is not None
@@ -306,9 +240,6 @@ class Trainer:
                 hidden.backward(gradient)
         return losses
 
-    def _collated(self, chunks: Sequence[Chunk]) -> Batch:
-        return collate(chunks, MIN_ROWS if self.base.packable else 0, self.base.device)
-
     def _step_of(self, job: Job) -> float | None:
         """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed.
 
@@ -317,142 +248,66 @@ class Trainer:
         norm = None
         try:
             with quarantine(job):
-                norm = self._optim_step(job)
+                norm = optim_step(job)
         finally:
             self._forget_turn(job)
         return norm
 
-    def start_metrics(self) -> list[StepMetrics]:
-        """A step 0 for every job: what is evaluated and sampled before training."""
-        return [StepMetrics(job.name, 0, job.total, 0.0) for job in self.jobs.values()]
-
-    def evaluated(self, metrics: StepMetrics) -> StepMetrics:
-        """`metrics` with the held-out loss, where one is due. Raises `StopRequestedError` when asked to stop meanwhile."""
-        job = self.jobs[metrics.job]
-        every = job.config.eval_every
-        due = metrics.step in (0, job.total) or (every is not None and metrics.step % every == 0)
-        if not (due and job.data.held_out):
-            return metrics
-        loss, tokens = self.evaluate(job)
-        known = loss if math.isfinite(loss) else None
-        return replace(metrics, eval_loss=known, eval_tokens=tokens, peak_memory=self.watch.peak())
-
-    def evaluate(self, job: Job) -> tuple[float, int]:
-        """(mean loss, label tokens) over the job's held-out examples, of which there is at least one."""
-        self._bring_in(job)
-        chunks = job.evaluation_chunks()
-        total, size = 0.0, sum(job.objective.size(c) for c in chunks)
-        training = self.base.model.training
-        self.base.model.eval()
-        try:
-            with torch.no_grad():
-                for chunk in chunks:
-                    if self.stop_requested():
-                        raise StopRequestedError
-                    batch = self._collated([chunk])
-                    with self.base.routed(batch):
-                        states = _states(self.base.hidden(batch), chunk, batch.segments[0])
-                        head = self.base.head.for_segment(batch.segments[0])
-                        total += float(job.objective.loss(head, states, chunk, False))
-        finally:
-            self.base.model.train(training)
-        return total / size, sum(len(c.rows) for c in chunks)
-
-    def logprobs(self, chunks: Sequence[Chunk], training: bool = False) -> list[Tensor]:
-        """Log probabilities of each chunk's targets, [n] each, without gradients.
-
-        `training`: those that a forward for training has, with its dropout and noise.
-        """
-        before = self.base.model.training
-        self.base.model.train(training)
-        try:
-            with torch.no_grad():
-                return [self._logprobs(chunk) for chunk in chunks]
-        finally:
-            self.base.model.train(before)
-
-    def _logprobs(self, chunk: Chunk) -> Tensor:
-        batch = self._collated([chunk])
-        with self.base.routed(batch):
-            states = _states(self.base.hidden(batch), chunk, batch.segments[0])
-            return self.base.head.for_segment(batch.segments[0]).logprobs(states, chunk.targets.to(states.device))
-
-    def samples(self, metrics: StepMetrics) -> list[Sample]:
-        """What the job answers at this step to its prompts, straight from the training weights, where that is due."""
-        job = self.jobs[metrics.job]
-        if not job.samples_due(metrics.step):
-            return []
-        self._bring_in(job)
-        stops, how = job.data.prompts[0].stops, Sampling(max_new_tokens=job.config.samples.max_new_tokens)
-        answers = generate(self.base, job.name, [p.tokens for p in job.data.prompts], stops, how)
-        pairs = enumerate(zip(job.data.prompts, answers, strict=True))
-        return [Sample(job.name, metrics.step, index, prompt.text, answer) for index, (prompt, answer) in pairs]
-
-    def _optim_step(self, job: Job, lr: float | None = None) -> float:
-        for group in job.optimizer.param_groups:
-            group["lr"] = job.lr() if lr is None else lr
-        if job.scaler is not None:
-            job.scaler.unscale_(job.optimizer)
-        limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
-        norm = float(clip_grad_norm(job.attached.parameters(), limit))
-        finite = math.isfinite(norm)
-        with _whole_or_given_up(job):
-            if finite:
-                job.optimizer.step()
-            if job.scaler is not None:
-                job.scaler.update()  # down after an overflow, up after many steps without
-            job.attached.publish()
-            job.step += 1
-        job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
-        if job.skipped_in_a_row >= MAX_SKIPS:
-            job.failure = (
-                f"job '{job.name}': {MAX_SKIPS} steps in a row had no finite gradient (step {job.step}); "
-                "lower optimizer.lr, lengthen schedule.warmup, or look for broken examples"
-            )
-        return norm
-
-    def _report(self, job: Job, turn: _Turn, norm: float) -> StepMetrics:
+    def _report(self, job: Job, turn: Turn, norm: float) -> StepMetrics:
         """What there is to say of the step that a job has just completed."""
-        value, finite = float(turn.loss), math.isfinite(norm)
-        tokens, label_tokens = turn.tokens, sum(len(c.rows) for c in turn.chunks)
-        job.seen_tokens += tokens
-        job.seen_label_tokens += label_tokens
-        job.served += tokens / job.config.weight
+        work, loss = Work.of(turn.chunks), float(turn.loss)
+        job.served += work.tokens / job.config.weight
         before, since = turn.began
-        return StepMetrics(
-            job=job.name,
-            step=job.step,
-            total_steps=job.total,
-            epoch=round(job.epoch, 4),
-            loss=value if math.isfinite(value) else None,
-            examples=sum(len(c.lengths) for c in turn.chunks),
-            tokens=tokens,
-            label_tokens=label_tokens,
-            total_tokens=job.seen_tokens,
-            total_label_tokens=job.seen_label_tokens,
-            lr=float(job.optimizer.param_groups[0]["lr"]),
-            grad_norm=norm if finite else None,
-            skipped=not finite,
+        return replace(
+            completed(job, work, norm, self.watch.peak()),
+            loss=loss if math.isfinite(loss) else None,
             tokens_per_second=round((self.tokens - before) / (self.seconds - since), 2),
-            peak_memory=self.watch.peak(),
         )
 
+    def _forget_turn(self, job: Job) -> None:
+        if self.turns.pop(job.name, None) is not None:
+            job.attached.drop_grad()
 
-def _states(hidden: Tensor, chunk: Chunk, segment: Segment) -> Tensor:
-    """[n, D]: the states of a chunk's scored rows."""
-    return hidden[segment.tokens].index_select(0, chunk.rows.to(hidden.device))
+    def _served(self, job: Job) -> float:
+        turn = self.turns.get(job.name)
+        return job.served + (0 if turn is None else turn.tokens / job.config.weight)
 
-
-@contextmanager
-def _whole_or_given_up(job: Job) -> Iterator[None]:
-    """Whatever breaks off the block leaves the job between two steps, where nothing goes on from: it is given up.
-
-    Also by what is nobody's own, as Ctrl-C or memory that is short while an optimizer makes its state.
-    """
-    try:
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        started = time.perf_counter()
         yield
-    except BaseException as error:
-        where = "was broken off in the middle of its optimizer step"
-        job.failure = f"job '{job.name}': {where} ({type(error).__name__}); let it go on from its last saved state"
-        job.error = error if isinstance(error, Exception) else JobFailedError(job.failure)
-        raise
+        self.seconds += time.perf_counter() - started
+
+    def forward_backward(
+        self,
+        queues: Mapping[str, Sequence[Chunk]],
+        sizes: Mapping[str, float] | None = None,
+        objectives: Mapping[str, Objective] | None = None,
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of chunks, given per job. Returns each job's loss (no host sync).
+
+        A job's loss is divided by its entry in `sizes`; without, its chunks must be all of its step, and it is divided by
+        their common size. `objectives`: what some jobs minimise instead of their own.
+        """
+        if sizes is None:
+            sizes = {name: sum(self.jobs[name].objective.size(c) for c in chunks) for name, chunks in queues.items()}
+        for job in (self.jobs[name] for name in queues):
+            self.bring_in(job)
+            if any(weight.grad is None for weight in job.attached.parameters()):
+                job.attached.zero_grad()
+        losses = {name: torch.zeros((), device=self.base.device) for name in queues}
+        for chunks in schedule(queues, self.plan.fused_tokens):
+            for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext(), objectives or {}).items():
+                losses[name] += loss
+        return losses
+
+    def optim_step(self, names: Iterable[str], lr: float | None = None) -> dict[str, float]:
+        """Clip and step each named job on its own gradients. Returns gradient norms; a non-finite one means skipped.
+
+        `lr`: instead of what the job's schedule says.
+        """
+        return {name: optim_step(self.jobs[name], lr) for name in names}
+
+    def abandon(self, name: str) -> None:
+        """Let the step that a job is in the middle of, if it is, not have happened."""
+        self._forget_turn(self.jobs[name])
