@@ -163,12 +163,9 @@ def main() -> None:
         flops += event.flops or 0
     kinds["between operators"] = parts["between operators"] = max(0.0, slowed - sum(parts.values()))
     chunks, rate = -(-tokens // max(told.chunk, told.length)), flops / 1e9 / wall
-    print(
-        f"{tokens} tokens a step in {chunks} forwards: {spread(walls, 3)} s, {tokens / wall:.0f} tokens/s; peak {peak / 2**20:.0f} MiB"
-    )
-    print(
-        f"{flops / 1e9:.0f} GFLOP in products: {rate:.0f} GFLOP/s of {ceiling:.0f} that its shapes reach ({100 * rate / ceiling:.0f} %)"
-    )
+    print(f"{tokens} tokens a step in {chunks} forwards: {spread(walls, 3)} s, {tokens / wall:.0f} tokens/s")
+    print(f"{flops / 1e9:.0f} GFLOP in products: {rate:.0f} GFLOP/s of {ceiling:.0f} that its shapes reach, {rate / ceiling:.0%}")
+    print(f"peak {peak / 2**20:.0f} MiB")
     print(f"traced, the step took {slowed:.3f} s\n")
     print(shares(kinds, slowed), "", shares(parts, slowed), "", sep="\n")
     print(shares(dict(ops.most_common(told.operators)), slowed), "", sep="\n")
