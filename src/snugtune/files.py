@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from snugtune.errors import InputError, StorageError
@@ -185,16 +186,35 @@ def whole_file(target: Path) -> Iterator[Path]:
             made.unlink()
 
 
-def scratch_folder(parent: Path, name: str) -> Path:
-    """A new folder in `parent` for what this process alone needs; one that a killed process left is a leftover.
+def scratch_folder(parent: Path, name: str) -> tuple[Path, Callable[[], None]]:
+    """A new folder in `parent` for what this process alone needs, and what removes it.
 
-    Raises `StorageError`.
+    This process holds it until then, however it ends: `remove_abandoned` knows by that. Raises `StorageError`.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=parent, prefix=f"{_UNFINISHED}{name}-"))
+        while True:
+            folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{_UNFINISHED}{name}-"))
+            lock = FileLock(folder / _LOCK, thread_local=False)  # whichever thread removes it
+            with suppress(Timeout):  # another process took it for abandoned, before it was held
+                lock.acquire(timeout=0)
+                return folder, partial(_remove_held, folder, lock)
     except OSError as error:
         raise StorageError(f"cannot make a folder in {parent}: {reason(error)}; free space or give another") from error
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """Remove the scratch folders in `parent` of processes that were killed. Those of living ones are held, and stay."""
+    for folder in parent.glob(f"{_UNFINISHED}{name}-*"):
+        lock = FileLock(folder / _LOCK)
+        with suppress(OSError):  # `Timeout` is one: it is held
+            lock.acquire(timeout=0)
+            _remove_held(folder, lock)
+
+
+def _remove_held(folder: Path, lock: BaseFileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

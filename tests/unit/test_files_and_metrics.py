@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from snugtune.errors import StorageError
-from snugtune.files import claimed, remove_leftovers, whole_folder, write_whole
+from snugtune.files import claimed, remove_abandoned, remove_leftovers, scratch_folder, whole_folder, write_whole
 from snugtune.training.metrics import MetricsFile, StepMetrics, read_metrics
 
 
@@ -238,6 +240,63 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path):
         assert set(contents(tmp_path)) == own
         made.mkdir()  # for the block to end well
     remove_leftovers(tmp_path / "nowhere")
+
+
+HOLDS = """
+    import sys
+    from pathlib import Path
+    from snugtune.files import scratch_folder
+
+    folder, remove = scratch_folder(Path(sys.argv[1]), "resting")
+    (folder / "a.safetensors").write_text("a")
+    print(folder, flush=True)
+    sys.stdin.read()
+    remove()
+"""
+"""Has a scratch folder until its stdin ends."""
+
+
+def test_scratch_folders_of_killed_processes_are_swept(tmp_path: Path):
+    """Those of living ones stay, be it another process or this one; who ends well takes its own along."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLDS), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    others = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    killed, living, ending = (Path(other.stdout.readline().strip()) for other in others)
+    own, remove = scratch_folder(tmp_path, "resting")
+    (tmp_path / ".part-1-else").mkdir()  # which is nobody's scratch
+    others[0].kill()
+    others[0].wait(60)
+    others[2].communicate(timeout=60)
+    assert killed.is_dir() and not ending.exists()
+    remove_abandoned(tmp_path, "resting")
+    assert set(tmp_path.iterdir()) == {living, own, tmp_path / ".part-1-else"}
+    assert (living / "a.safetensors").read_text() == "a"
+    others[1].kill()
+    others[1].wait(60)
+    remove()
+    remove_abandoned(tmp_path, "resting")
+    assert set(tmp_path.iterdir()) == {tmp_path / ".part-1-else"}
+    remove_abandoned(tmp_path / "nowhere", "resting")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_scratch_folder_that_is_swept_before_it_is_held_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that sweeps may look between the making of a folder and its claim."""
+    sweeping, make = list[FileLock](), tempfile.mkdtemp
+
+    def made(**how: str) -> str:
+        folder = make(**how)
+        if not sweeping:
+            sweeping.append(FileLock(Path(folder, ".lock")))
+            sweeping[0].acquire()
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made)
+    folder, _ = scratch_folder(tmp_path, "resting")
+    assert folder != Path(sweeping[0].lock_file).parent
+    sweeping[0].release()
+    remove_abandoned(tmp_path, "resting")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # Texts -----------------------------------------------------------------------------------------------------------------
