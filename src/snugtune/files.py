@@ -89,12 +89,6 @@ def _swap(made: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing came into."""
-    with suppress(OSError):
-        folder.rmdir()
-
-
 def remove_leftovers(folder: Path) -> None:
     """Undo what a killed process was still writing anywhere below `folder`: unfinished goes, replaced comes back."""
     for path in list(folder.rglob(f"{_REPLACED}*")):
@@ -134,13 +128,17 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"cannot make the folder {folder}: {reason(error)}; give another") from error
 
 
-def check_can_make(folder: Path) -> None:
-    """See whether a folder that is not there could be made: before hours of work, not after. Raises `StorageError`."""
-    above = next(p for p in folder.absolute().parents if p.exists())
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; after the block, of what was made goes what nothing came into. Raises `StorageError`."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        os.rmdir(tempfile.mkdtemp(dir=above, prefix=_UNFINISHED))
-    except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {reason(error)}; give another") from error
+        make_folder(folder)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager
@@ -155,16 +153,29 @@ def claimed(folder: Path, waiting: Callable[[str], object] | None = None) -> Ite
             lock.acquire(timeout=0)
         except Timeout as error:
             if waiting is None:
-                raise InputError(f"output: another process is training in {folder}; wait for it, or give a new folder") from error
+                who = _holder(folder / _LOCK)
+                raise InputError(
+                    f"output: another process is training in {folder}{who}; wait for it, or give a new folder"
+                ) from error
             waiting(f"another process is writing {folder}; waiting for it")
             lock.acquire()
     except OSError as error:
         raise StorageError(f"cannot write {folder / _LOCK}: {reason(error)}") from error
     try:
+        with suppress(OSError):  # a full disk is told of where it costs something
+            Path(lock.lock_file).write_text(str(os.getpid()))
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it looks again
         lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """Who has it, in words, as far as that process has said so by now."""
+    try:
+        return f" (pid {int(lock.read_text())})"
+    except (OSError, ValueError):
+        return ""
 
 
 @contextmanager

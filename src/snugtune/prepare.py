@@ -7,7 +7,7 @@ import torch
 from snugtune.config import RunConfig
 from snugtune.data.cache import tokenizer_identity
 from snugtune.errors import InputError
-from snugtune.files import remove_if_empty, user_path
+from snugtune.files import user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.memory.budget import Watch, give_back_large_blocks
@@ -63,7 +63,6 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
             observer.note(f"checked: {checked}")
     except BaseException:
         trainer.close()
-        remove_if_empty(folder.path)
         raise
     if checkpoint is None:
         session.pending = trainer.start_metrics()

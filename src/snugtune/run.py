@@ -17,7 +17,7 @@ from snugtune.errors import (
     StorageError,
     UnreadableError,
 )
-from snugtune.files import check_can_make, claimed, make_folder, remove_if_empty, remove_leftovers, user_path, write_whole
+from snugtune.files import claimed, made_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.interrupt import stop_flag
 from snugtune.observer import Observer, RunResult, Silent
@@ -46,19 +46,13 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         return _result(folder, jobs, already_finished=True)
     check_tracking(config.tracking)
     with stop_flag(observer.note) as stop, ExitStack() as claims:
-        fresh = not folder.path.is_dir()
-        if fresh:
-            check_can_make(folder.path)
-        else:
-            claims.enter_context(claimed(folder.path))
-            remove_leftovers(folder.path)
+        fresh = not folder.config.exists()
+        claims.enter_context(made_folder(folder.path))  # input that is refused leaves nothing behind
+        claims.enter_context(claimed(folder.path))  # from the first moment: jobs at rest lie there before anything is trained
+        if fresh and folder.config.exists():
+            raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
+        remove_leftovers(folder.path)
         session = prepare(config, observer, stop)
-        if fresh:  # only now: input that is refused leaves nothing behind
-            make_folder(folder.path)
-            claims.callback(remove_if_empty, folder.path)
-            claims.enter_context(claimed(folder.path))
-            if folder.config.exists():
-                raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         claims.callback(session.trainer.close)
         write_whole(folder.config, config.to_yaml())
         tracking = _start_tracking(config, folder, observer, fresh)
