@@ -68,7 +68,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         session.pending = trainer.start_metrics()
     else:
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
-        session.saved, session.earlier = (session.step, frozenset(trainer.jobs)), len(session.ended)
+        session.saved = session.step, frozenset(trainer.jobs)
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session

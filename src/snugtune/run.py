@@ -99,7 +99,8 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
     except StorageError:  # told of as what it did to the jobs
         kept = False
     bugs = [error for error in session.errors.values() if not isinstance(error, SnugtuneError)]
-    given_up = [job for job in session.ended if job.failure]
+    ended = {job.name: job for job in session.ended}
+    given_up = [job for c in session.config.resolved_jobs() if (job := ended.get(c.name)) and job.failure]  # in this order always
     failures = [str(job.failure) for job in given_up]
     waiting = [str(error) for error in session.parked.values()]
     if given_up:
@@ -111,8 +112,7 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
     if waiting:
         unkept = [] if kept else ["nor could their state be saved: the same command goes on from the checkpoint before"]
         raise StorageError("; ".join([*failures, *waiting, *unkept]))
-    diverged = not session.errors and all(job in session.ended[session.earlier :] for job in given_up)  # else nobody knows
-    kind = DivergedError if diverged else JobFailedError
+    kind = DivergedError if all(job.diverged for job in given_up) else JobFailedError
     raise kind("; ".join(failures))
 
 

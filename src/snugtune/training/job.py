@@ -22,7 +22,10 @@ from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import FULL_FORWARD, Chunk, Plan
 
-_COUNTERS = ("step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale", "failure")
+_COUNTERS = (
+    "step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale",
+    "failure", "diverged",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Job:
     to_beat: float | None = None  # the held-out loss that patience is measured from
     stale: int = 0  # evaluations since then
     failure: str | None = None  # why it was given up
-    error: Exception | None = None  # what broke it, unless it diverged
+    diverged: bool = False  # that was since its gradient stayed non-finite
+    error: Exception | None = None  # what broke it else, while this process lasts
     paused: bool = False  # it stands as it is, and takes no part
     at_rest: Path | None = None  # the file that holds its weights and its optimizer's state meanwhile
     total: int = field(init=False)  # optimizer steps; 0: as many as are asked for
@@ -221,6 +225,7 @@ class Ended:
     step: int
     total: int
     failure: str | None = None
+    diverged: bool = False
     untuned: float | None = None
     best: Best | None = None
     largest_weight: float = 0.0  # absolute
@@ -237,7 +242,7 @@ class Ended:
     @classmethod
     def of(cls, job: Job) -> "Ended":
         largest = largest_weight(job.attached)
-        return cls(job.config, job.step, job.total, job.failure, job.untuned, job.best, largest)
+        return cls(job.config, job.step, job.total, job.failure, job.diverged, job.untuned, job.best, largest)
 
 
 def largest_weight(attached: Attached) -> float:
@@ -263,7 +268,7 @@ def quarantine(job: Job) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        job.error = error
+        job.error, job.diverged = error, False
         told = str(error) if isinstance(error, SnugtuneError) else f"{type(error).__name__}: {error}"
         job.failure = f"job '{job.name}': {told}"
 

@@ -405,6 +405,7 @@ class Trainer:
             job.step += 1
         job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
         if job.skipped_in_a_row >= MAX_SKIPS:
+            job.diverged = True
             job.failure = (
                 f"job '{job.name}': {MAX_SKIPS} steps in a row had no finite gradient (step {job.step}); "
                 "lower optimizer.lr, lengthen schedule.warmup, or look for broken examples"
