@@ -69,6 +69,7 @@ class Job:
         c = self.config
         self.total = c.steps or 0 if self.by_hand else total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
         self.objective = objective_of(c.objective)
+        self._unscaled = False  # the scaler is in the middle of an optimizer step
         self._outline: dict[str, dict[str, Any]] = {}  # of a job at rest: what its optimizer remembers, but for the tensors
 
     @property
@@ -132,6 +133,31 @@ class Job:
     def lr(self) -> float:
         """The rate of the step to come."""
         return learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.total)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the scale that keeps small gradients within fp16's range.
+
+        An earlier step that was broken off after `unscale` did not happen; torch's scaler has no word for that, but a new one.
+        """
+        if self.scaler is None:
+            return loss
+        if self._unscaled:
+            anew = torch.amp.GradScaler(loss.device.type)
+            anew.load_state_dict(self.scaler.state_dict())
+            self.scaler, self._unscaled = anew, False
+        return self.scaler.scale(loss)
+
+    def unscale(self) -> None:
+        """Take the scale out of the gradient, before it is clipped. Raises `RuntimeError` for one that has none any more."""
+        if self.scaler is not None:
+            self._unscaled = True
+            self.scaler.unscale_(self.optimizer)
+
+    def rescale(self) -> None:
+        """After the optimizer's step: the scale comes down after an overflow, and goes up after many steps without."""
+        if self.scaler is not None:
+            self.scaler.update()
+            self._unscaled = False
 
     def chunks(self) -> list[Chunk]:
         """The step to come, cut by this job and its plan alone."""

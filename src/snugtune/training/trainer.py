@@ -298,7 +298,7 @@ class Trainer:
                 with guard(job):
                     states = _states(hidden.detach(), chunk, segment).requires_grad_()
                     loss = objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
-                    (loss if job.scaler is None else job.scaler.scale(loss)).backward()
+                    job.scaled(loss).backward()
                     assert states.grad is not None
                     gradient[segment.tokens].index_add_(0, chunk.rows.to(gradient.device), states.grad)
                     losses[chunk.job] = loss.detach()
@@ -391,16 +391,14 @@ class Trainer:
     def _optim_step(self, job: Job, lr: float | None = None) -> float:
         for group in job.optimizer.param_groups:
             group["lr"] = job.lr() if lr is None else lr
-        if job.scaler is not None:
-            job.scaler.unscale_(job.optimizer)
+        job.unscale()
         limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
         norm = float(clip_grad_norm(job.attached.parameters(), limit))
         finite = math.isfinite(norm)
         with _whole_or_given_up(job):
             if finite:
                 job.optimizer.step()
-            if job.scaler is not None:
-                job.scaler.update()  # down after an overflow, up after many steps without
+            job.rescale()
             job.attached.publish()
             job.step += 1
         job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
