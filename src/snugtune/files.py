@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from snugtune.errors import InputError, StorageError
@@ -88,12 +89,6 @@ def _swap(made: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing came into."""
-    with suppress(OSError):
-        folder.rmdir()
-
-
 def remove_leftovers(folder: Path) -> None:
     """Undo what a killed process was still writing anywhere below `folder`: unfinished goes, replaced comes back."""
     for path in list(folder.rglob(f"{_REPLACED}*")):
@@ -133,13 +128,17 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"cannot make the folder {folder}: {reason(error)}; give another") from error
 
 
-def check_can_make(folder: Path) -> None:
-    """See whether a folder that is not there could be made: before hours of work, not after. Raises `StorageError`."""
-    above = next(p for p in folder.absolute().parents if p.exists())
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; after the block, of what was made goes what nothing came into. Raises `StorageError`."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        os.rmdir(tempfile.mkdtemp(dir=above, prefix=_UNFINISHED))
-    except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {reason(error)}; give another") from error
+        make_folder(folder)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager
@@ -154,16 +153,29 @@ def claimed(folder: Path, waiting: Callable[[str], object] | None = None) -> Ite
             lock.acquire(timeout=0)
         except Timeout as error:
             if waiting is None:
-                raise InputError(f"output: another process is training in {folder}; wait for it, or give a new folder") from error
+                who = _holder(folder / _LOCK)
+                raise InputError(
+                    f"output: another process is training in {folder}{who}; wait for it, or give a new folder"
+                ) from error
             waiting(f"another process is writing {folder}; waiting for it")
             lock.acquire()
     except OSError as error:
         raise StorageError(f"cannot write {folder / _LOCK}: {reason(error)}") from error
     try:
+        with suppress(OSError):  # a full disk is told of where it costs something
+            Path(lock.lock_file).write_text(str(os.getpid()))
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it looks again
         lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """Who has it, in words, as far as that process has said so by now."""
+    try:
+        return f" (pid {int(lock.read_text())})"
+    except (OSError, ValueError):
+        return ""
 
 
 @contextmanager
@@ -185,16 +197,35 @@ def whole_file(target: Path) -> Iterator[Path]:
             made.unlink()
 
 
-def scratch_folder(parent: Path, name: str) -> Path:
-    """A new folder in `parent` for what this process alone needs; one that a killed process left is a leftover.
+def scratch_folder(parent: Path, name: str) -> tuple[Path, Callable[[], None]]:
+    """A new folder in `parent` for what this process alone needs, and what removes it.
 
-    Raises `StorageError`.
+    This process holds it until then, however it ends: `remove_abandoned` knows by that. Raises `StorageError`.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=parent, prefix=f"{_UNFINISHED}{name}-"))
+        while True:
+            folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{_UNFINISHED}{name}-"))
+            lock = FileLock(folder / _LOCK, thread_local=False)  # whichever thread removes it
+            with suppress(Timeout):  # another process took it for abandoned, before it was held
+                lock.acquire(timeout=0)
+                return folder, partial(_remove_held, folder, lock)
     except OSError as error:
         raise StorageError(f"cannot make a folder in {parent}: {reason(error)}; free space or give another") from error
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """Remove the scratch folders in `parent` of processes that were killed. Those of living ones are held, and stay."""
+    for folder in parent.glob(f"{_UNFINISHED}{name}-*"):
+        lock = FileLock(folder / _LOCK)
+        with suppress(OSError):  # `Timeout` is one: it is held
+            lock.acquire(timeout=0)
+            _remove_held(folder, lock)
+
+
+def _remove_held(folder: Path, lock: BaseFileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from snugtune.config import RunConfig
 from snugtune.data.cache import tokenizer_identity
 from snugtune.errors import InputError
-from snugtune.files import remove_if_empty, user_path
+from snugtune.files import user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.memory.budget import Watch, free_memory, give_back_large_blocks
@@ -61,13 +61,12 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
             observer.note(f"checked: {checked}")
     except BaseException:
         trainer.close()
-        remove_if_empty(folder.path)
         raise
     if checkpoint is None:
         session.pending = trainer.start_metrics()
     else:
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
-        session.saved, session.earlier = (session.step, frozenset(trainer.jobs)), len(session.ended)
+        session.saved = session.step, frozenset(trainer.jobs)
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session

@@ -17,7 +17,7 @@ from snugtune.errors import (
     StorageError,
     UnreadableError,
 )
-from snugtune.files import check_can_make, claimed, make_folder, remove_if_empty, remove_leftovers, user_path, write_whole
+from snugtune.files import claimed, made_folder, remove_leftovers, user_path, write_whole
 from snugtune.folder import RunFolder
 from snugtune.interrupt import stop_flag
 from snugtune.observer import Observer, RunResult, Silent
@@ -47,19 +47,13 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         return _result(folder, jobs, already_finished=True)
     check_tracking(config.tracking)
     with stop_flag(observer.note) as stop, ExitStack() as claims:
-        fresh = not folder.path.is_dir()
-        if fresh:
-            check_can_make(folder.path)
-        else:
-            claims.enter_context(claimed(folder.path))
-            remove_leftovers(folder.path)
+        fresh = not folder.config.exists()
+        claims.enter_context(made_folder(folder.path))  # input that is refused leaves nothing behind
+        claims.enter_context(claimed(folder.path))  # from the first moment: jobs at rest lie there before anything is trained
+        if fresh and folder.config.exists():
+            raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
+        remove_leftovers(folder.path)
         session = prepare(config, observer, stop)
-        if fresh:  # only now: input that is refused leaves nothing behind
-            make_folder(folder.path)
-            claims.callback(remove_if_empty, folder.path)
-            claims.enter_context(claimed(folder.path))
-            if folder.config.exists():
-                raise InputError(f"output: another process began a run in {folder.path} meanwhile; run the command again")
         claims.callback(session.trainer.close)
         write_whole(folder.config, config.to_yaml())
         tracking = _start_tracking(config, folder, observer, fresh)
@@ -106,7 +100,8 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
     except StorageError:  # told of as what it did to the jobs
         kept = False
     bugs = [error for error in session.errors.values() if not isinstance(error, SnugtuneError)]
-    given_up = [job for job in session.ended if job.failure]
+    ended = {job.name: job for job in session.ended}
+    given_up = [job for c in session.config.resolved_jobs() if (job := ended.get(c.name)) and job.failure]  # in this order always
     failures = [str(job.failure) for job in given_up]
     waiting = [str(error) for error in session.parked.values()]
     if given_up:
@@ -118,8 +113,7 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
     if waiting:
         unkept = [] if kept else ["nor could their state be saved: the same command goes on from the checkpoint before"]
         raise StorageError("; ".join([*failures, *waiting, *unkept]))
-    diverged = not session.errors and all(job in session.ended[session.earlier :] for job in given_up)  # else nobody knows
-    kind = DivergedError if diverged else JobFailedError
+    kind = DivergedError if all(job.diverged for job in given_up) else JobFailedError
     raise kind("; ".join(failures))
 
 

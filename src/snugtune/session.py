@@ -38,7 +38,6 @@ class Session:
     planned: Planned
     trainer: Trainer
     ended: list[Ended] = field(default_factory=list)  # finished, or given up
-    earlier: int = 0  # of these, those that ended before this session
     errors: dict[str, Exception] = field(default_factory=dict)  # what broke jobs in this session
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> what its data is
     parked: dict[str, StorageError] = field(default_factory=dict)  # jobs that could not be written; they keep their state

@@ -62,7 +62,7 @@ def test_finished_runs(ran: Path, case: str) -> None:
     refused(ran, "train", "config.yaml", named=named)
 
 
-ENDED = {"ended": True, "total": 9, "largest_weight": 0.1}
+ENDED = {"ended": True, "total": 9, "largest_weight": 0.1, "diverged": False}
 
 CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "empty-file": (replace("default.safetensors", b""), ("step-00000002", "'default'")),
@@ -102,6 +102,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "ended-without-a-step": (edit_job(**ENDED, failure=None, step="x"), ("step-00000002", "default.step")),
     "ended-without-a-word": (edit_job(**ENDED, failure=None), ("step-00000002", "default.failure")),
     "ended-in-numbers": (edit_job(**ENDED, failure=5), ("step-00000002", "default.failure")),
+    "ended-by-hearsay": (edit_job(**ENDED | {"diverged": "so they say"}, failure="x"), ("step-00000002", "default.diverged")),
     "job-that-is-a-list": (edit(RUN_JSON, jobs={"default": []}), ("step-00000002", "default")),
     "pending-in-words": (edit(RUN_JSON, pending=[ODD_STEP]), ("step-00000002", "step")),
     "pending-of-odd-fields": (edit(RUN_JSON, pending=[{"x": 1}]), ("step-00000002",)),

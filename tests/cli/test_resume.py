@@ -167,6 +167,15 @@ def test_interrupted_while_loading(place: Path, truth: Path, number: signal.Sign
     assert_same_run(place / "run", truth)
 
 
+def test_killed_while_loading(place: Path, truth: Path) -> None:
+    """Nothing but the claim of its new folder is left, and that holds nobody up."""
+    ran = train(place, Trouble(signal.SIGKILL, watched=".stderr", after_lines=1))
+    assert ran.code == -signal.SIGKILL
+    assert files_below(place / "run") == {".lock"}
+    resumed(place)
+    assert_same_run(place / "run", truth)
+
+
 def test_interrupted_in_a_real_process(place: Path) -> None:
     """What a shell sees: the exit code, one line, no traceback."""
     with subprocess.Popen(

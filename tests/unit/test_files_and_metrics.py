@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from snugtune.errors import StorageError
-from snugtune.files import claimed, remove_leftovers, whole_folder, write_whole
+from snugtune.errors import InputError, StorageError
+from snugtune.files import claimed, made_folder, remove_abandoned, remove_leftovers, scratch_folder, whole_folder, write_whole
 from snugtune.training.metrics import MetricsFile, StepMetrics, read_metrics
 
 
@@ -25,6 +27,18 @@ def in_a_process(code: str, *arguments: str | Path) -> subprocess.CompletedProce
     """Run `code` on its own, with `sys.argv[1:]` as given: for limits and kills that are not to hit the tests."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _begun(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """The same without waiting for its end."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _said(process: subprocess.Popen[str]) -> str:
+    """Its next line."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
 # Folders ---------------------------------------------------------------------------------------------------------------
@@ -48,6 +62,49 @@ def test_who_waits_for_a_folder_is_told_so_once(tmp_path: Path):
         pass
     assert said == [f"another process is writing {tmp_path}; waiting for it"]
     assert not contents(tmp_path)
+
+
+CLAIMS = """
+    import sys
+    from pathlib import Path
+    from snugtune.files import claimed
+
+    with claimed(Path(sys.argv[1])):
+        print("mine", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_who_holds_a_folder_is_told_until_it_is_killed(tmp_path: Path):
+    with _begun(CLAIMS, tmp_path) as other:
+        assert _said(other) == "mine"
+        said = rf"^output: another process is training in {tmp_path} \(pid {other.pid}\); wait for it, or give a new folder$"
+        with pytest.raises(InputError, match=said), claimed(tmp_path):
+            pass
+        (tmp_path / ".lock").write_text("")  # one that holds it since a moment ago
+        with pytest.raises(InputError, match=f"training in {tmp_path}; wait"), claimed(tmp_path):
+            pass
+        other.kill()
+    with claimed(tmp_path):
+        assert contents(tmp_path) == {".lock": str(os.getpid())}
+    assert not contents(tmp_path)
+
+
+def test_a_folder_that_nothing_came_into_goes_again(tmp_path: Path):
+    """With those above it that were made for it; what was there before stays, be it empty."""
+    new = tmp_path / "there" / "deep" / "er"
+    (tmp_path / "there").mkdir()
+    with suppress(ZeroDivisionError), made_folder(new):
+        assert new.is_dir()
+        raise ZeroDivisionError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with made_folder(new):
+        (new.parent / "x").touch()
+    assert list(new.parent.iterdir()) == [new.parent / "x"]
+    new.mkdir()
+    with made_folder(new):
+        pass
+    assert new.is_dir()
 
 
 def test_a_folder_appears_whole(tmp_path: Path):
@@ -238,6 +295,61 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path):
         assert set(contents(tmp_path)) == own
         made.mkdir()  # for the block to end well
     remove_leftovers(tmp_path / "nowhere")
+
+
+HOLDS = """
+    import sys
+    from pathlib import Path
+    from snugtune.files import scratch_folder
+
+    folder, remove = scratch_folder(Path(sys.argv[1]), "resting")
+    (folder / "a.safetensors").write_text("a")
+    print(folder, flush=True)
+    sys.stdin.read()
+    remove()
+"""
+"""Has a scratch folder until its stdin ends."""
+
+
+def test_scratch_folders_of_killed_processes_are_swept(tmp_path: Path):
+    """Those of living ones stay, be it another process or this one; who ends well takes its own along."""
+    others = [_begun(HOLDS, tmp_path) for _ in range(3)]
+    killed, living, ending = (Path(_said(other)) for other in others)
+    own, remove = scratch_folder(tmp_path, "resting")
+    (tmp_path / ".part-1-else").mkdir()  # which is nobody's scratch
+    others[0].kill()
+    others[0].communicate(timeout=60)
+    others[2].communicate(timeout=60)
+    assert killed.is_dir() and not ending.exists()
+    remove_abandoned(tmp_path, "resting")
+    assert set(tmp_path.iterdir()) == {living, own, tmp_path / ".part-1-else"}
+    assert (living / "a.safetensors").read_text() == "a"
+    others[1].kill()
+    others[1].communicate(timeout=60)
+    remove()
+    remove_abandoned(tmp_path, "resting")
+    assert set(tmp_path.iterdir()) == {tmp_path / ".part-1-else"}
+    remove_abandoned(tmp_path / "nowhere", "resting")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_scratch_folder_that_is_swept_before_it_is_held_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that sweeps may look between the making of a folder and its claim."""
+    sweeping, make = list[FileLock](), tempfile.mkdtemp
+
+    def made(**how: str) -> str:
+        folder = make(**how)
+        if not sweeping:
+            sweeping.append(FileLock(Path(folder, ".lock")))
+            sweeping[0].acquire()
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made)
+    folder, _ = scratch_folder(tmp_path, "resting")
+    assert folder != Path(sweeping[0].lock_file).parent
+    sweeping[0].release()
+    remove_abandoned(tmp_path, "resting")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # Texts -----------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from conftest import tiny_base
 from joint import JOBS, STEPS, End, Run, running, together, unlike
 from quantised import plan_of
 from snugtune.config import to_config
-from snugtune.errors import InputError, JobFailedError, StopRequestedError, StorageError, UnreadableError
+from snugtune.errors import DivergedError, InputError, JobFailedError, StopRequestedError, StorageError, UnreadableError
 from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
 from snugtune.run import train
@@ -364,6 +364,35 @@ def test_a_run_goes_on_without_the_job_that_breaks(
         train(_runs(tmp_path, model_folder, fused))
     assert results.keys() == set("abc")
     assert _results(tmp_path) == {name: results[name] for name in "ac"}
+
+
+def test_why_jobs_failed_is_told_alike_after_a_resume(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Type and words: of one that diverged; and in a run of two, of which another broke, in whatever order they ended."""
+    bad = {"optimizer": {"lr": 1e30}, "max_grad_norm": None, "steps": 30, "name": "b"}
+
+    def told(kind: type[Exception], place: Path, *jobs: dict[str, Any]) -> str:
+        config = _runs(place, model_folder, fused=True).model_dump(mode="json", exclude_unset=True)
+        with pytest.raises(JobFailedError) as raised:
+            train(to_config(config | {"jobs": list(jobs)}))
+        assert type(raised.value) is kind
+        return str(raised.value)
+
+    def wrong(*_: object) -> Any:
+        raise InputError("it is no good")
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    for place in (first, second):
+        place.mkdir()
+    said = told(DivergedError, first, {"name": "a"}, bad)
+    assert said.startswith("job 'b': 10 steps in a row had no finite gradient (step 11)")
+    assert told(DivergedError, first, {"name": "a"}, bad) == told(DivergedError, first, {"name": "a"}, bad) == said
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", _only_for("c", evaluation.evaluate, wrong))
+        both = told(JobFailedError, second, bad, {"name": "c"})
+    assert both.index("job 'b': 10 steps") < both.index("job 'c': it is no good"), "although c ended first"
+    assert told(JobFailedError, second, bad, {"name": "c"}) == both
 
 
 # --- the trainer's own batches ------------------------------------------------------------------------------------------

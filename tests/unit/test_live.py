@@ -640,6 +640,25 @@ def test_a_job_that_finds_no_room_leaves_nothing_behind(tmp_path: Path, monkeypa
     assert trainer.add(FIELDS | {"name": "second"}).steps_done == 0
 
 
+def test_opening_sweeps_what_killed_processes_left_at_rest(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of those that live: here a trainer of this process, whose job wakes as it was."""
+    monkeypatch.setenv("SNUGTUNE_CACHE", str(tmp_path / "cache"))
+    killed = tmp_path / "cache" / ".part-resting-killed"
+    killed.mkdir(parents=True)
+    (killed / "a.safetensors").write_bytes(b"x")
+    (killed / ".lock").touch()
+    trainer = live(resident_jobs=1)
+    job, _ = trainer.add(FIELDS), trainer.add(FIELDS | {"name": "second"})
+    assert inner(trainer).at_rest is not None and killed.exists()
+    with snugtune.open(model_folder):
+        pass
+    assert not killed.exists()
+    _steps(job, invented(9), 1)
+    assert job.steps_done == 1
+
+
 def test_mistakes_are_told_in_a_line(data: str, tmp_path: Path, model_folder: Path) -> None:
     trainer = live()
     b = trainer.add(FIELDS)

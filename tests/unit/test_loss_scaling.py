@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from snugtune.config import JobConfig
 from snugtune.model.base import Base
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
+from snugtune.training.metrics import StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import Example, OptimizerState, Plan
 
@@ -140,6 +143,97 @@ def test_a_restored_job_scales_on_as_it_would_have(state: OptimizerState) -> Non
     (ours, our_numbers), (truth, true_numbers) = again.jobs["a"].state(), whole.jobs["a"].state()
     assert all(torch.equal(ours[k], truth[k]) for k in truth)
     assert our_numbers["scaler"] == true_numbers["scaler"] and true_numbers["scaler"]["scale"] == 2.0**9
+
+
+def _once(error: BaseException, right: Callable[..., Any], after: bool) -> Callable[..., Any]:
+    """Raises the first time; `after`: when that has done its work."""
+    left = [error]
+
+    def either(*given: Any) -> Any:
+        done = right(*given) if after or not left else None
+        if left:
+            raise left.pop()
+        return done
+
+    return either
+
+
+def _end(trainer: Trainer, until: type[BaseException] | None = None) -> list[tuple[str, int, float | None, float | None]]:
+    """What is reported of all steps to the end, or `until` one breaks off; the others' too that were done by then."""
+    found = list[StepMetrics]()
+    with nullcontext() if until is None else pytest.raises(until):
+        while steps := trainer.step():
+            found += steps
+    return sorted((m.job, m.step, m.loss, m.grad_norm) for m in found)
+
+
+def _saved(trainer: Trainer) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    return {n: ({k: v.clone() for k, v in job.tensors().items()}, job.numbers()) for n, job in trainer.jobs.items()}
+
+
+def _assert_same(trainer: Trainer, truth: Trainer) -> None:
+    for name, (true, true_numbers) in _saved(truth).items():
+        job = trainer.jobs[name]
+        assert job.failure is None and job.tensors().keys() == true.keys()
+        assert all(torch.equal(v, true[k]) for k, v in job.tensors().items())
+        assert {k: v for k, v in job.numbers().items() if k != "served"} == {
+            k: v for k, v in true_numbers.items() if k != "served"
+        }
+
+
+@pytest.mark.parametrize("fused", [0, 1000], ids=["interleaved", "fused"])
+@pytest.mark.parametrize("after", [False, True], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+def test_a_step_that_is_broken_off_at_its_unscaling_did_not_happen(error: BaseException, after: bool, fused: int) -> None:
+    """It is done again, to the bit; and from what is saved then, it is too."""
+    settings = {"a": _CALM, "b": _CALM}
+    truth, trainer, again = (_two(settings, fused, "fp32") for _ in range(3))
+    for _ in range(2):
+        truth.step()
+        trainer.step()
+    job = trainer.jobs["a"]
+    assert job.scaler is not None
+    job.scaler.unscale_ = _once(error, job.scaler.unscale_, after)
+    broken = _end(trainer, until=type(error))
+    for name, state in _saved(trainer).items():
+        again.jobs[name].load_state(*state)
+    assert sorted(broken + _end(trainer)) == _end(truth)
+    _end(again)
+    _assert_same(trainer, truth)
+    _assert_same(again, truth)
+
+
+def test_a_job_that_was_broken_off_in_its_optimizer_scales_on_from_its_saved_state() -> None:
+    truth, trainer = _two({"a": _CALM}, 0, "fp32"), _two({"a": _CALM}, 0, "fp32")
+    trainer.step()
+    job, saved = trainer.jobs["a"], _saved(trainer)
+    job.optimizer.step = _once(KeyboardInterrupt(), job.optimizer.step, after=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    del job.optimizer.step
+    assert job.failure is not None
+    job.load_state(*saved["a"])
+    _end(trainer)
+    _end(truth)
+    _assert_same(trainer, truth)
+
+
+def test_nobody_steps_on_a_gradient_that_was_unscaled_before() -> None:
+    """By hand: it is refused until there is a new one."""
+    trainer, job = _trainer(tiny_base(), torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    truth, _ = _trainer(tiny_base(), torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    assert job.scaler is not None
+    job.scaler.unscale_ = _once(KeyboardInterrupt(), job.scaler.unscale_, after=True)
+    trainer.forward_backward({"default": job.chunks()})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.optim_step(["default"])
+    with pytest.raises(RuntimeError, match="already been called"):
+        trainer.optim_step(["default"])
+    job.attached.zero_grad()
+    for each in (trainer, truth):
+        each.forward_backward({"default": job.chunks()})
+    assert trainer.optim_step(["default"]) == truth.optim_step(["default"])
+    _assert_same(trainer, truth)
 
 
 def test_jobs_in_fp16_each_have_their_own_scaler() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import sequences, tiny_base
+from snugtune import prepare
 from snugtune.config import JobConfig, to_config
 from snugtune.errors import InputError, Interrupted, StopRequestedError, StorageError
 from snugtune.memory.plan import make_plan
@@ -510,6 +511,28 @@ def test_refused_input_leaves_nothing_behind(tmp_path: Path, model_folder: Path)
     with pytest.raises(InputError, match="matches no linear"):
         train(to_config(config))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_new_folder_has_one_writer_from_the_first_moment(
+    tmp_path: Path, model_folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run begins while the jobs of the first one are being started, and rest there: it is refused, and takes nothing."""
+    config = to_config(fields(tmp_path, model_folder, execution="interleaved", resident_jobs=2))
+    refused: list[int] = []
+
+    def second(*_: object) -> None:
+        at_rest = list((tmp_path / "run").glob(".part-resting-*/*.safetensors"))
+        with pytest.raises(
+            InputError, match=rf"^output: another process is training in .*run \(pid {os.getpid()}\); wait for it"
+        ):
+            train(config)
+        assert list((tmp_path / "run").glob(".part-resting-*/*.safetensors")) == at_rest
+        refused.append(len(at_rest))
+
+    monkeypatch.setattr(prepare, "length_remark", second)  # as each job starts
+    assert same(adapters(train(config)), whole)
+    assert refused == [0, 0, 0, 1, 2, 3]
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 # --- costs that do not grow -------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from snugtune.training.evaluation import evaluated
 from snugtune.training.examples import JobData, read_job, tokenize_job
 from snugtune.training.job import length_remark, quarantine, start_job
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.rest import sweep
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW, Plan, Width
 
@@ -144,6 +145,7 @@ def open_trainer(**fields: Any) -> LiveTrainer:
     """Load a base for jobs to come; `fields` are those of `Opening`. Raises `SnugtuneError`."""
     opening = validated(Opening, fields, "open")
     notes: list[str] = []
+    sweep()
     source = find_model(opening.model, notes.append)
     config = load_config(source, opening.trust_remote_code)
     stored = stored_width(source, config)

@@ -274,7 +274,8 @@ def _passed(loss: float, size: float, chunks: Sequence[Chunk]) -> PassMetrics:
 def failure_of(*jobs: Job) -> JobFailedError:
     """What there is to raise of jobs that were given up."""
     errors = [job.error for job in jobs if job.error is not None]
-    error = (JobFailedError if errors else DivergedError)("; ".join(str(job.failure) for job in jobs))
+    kind = DivergedError if all(job.diverged for job in jobs) else JobFailedError
+    error = kind("; ".join(str(job.failure) for job in jobs))
     error.__cause__ = errors[0] if errors else None
     return error
 

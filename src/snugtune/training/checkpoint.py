@@ -23,7 +23,7 @@ from snugtune.training.metrics import StepMetrics
 from snugtune.training.rest import write_tensors
 from snugtune.types import Plan
 
-FORMAT = 5
+FORMAT = 6
 _BEST = "best-"
 JOB_FILE = "state.json"
 """What makes a folder the state of one job."""
@@ -44,6 +44,7 @@ class _Ended(_Progress):
 
     total: int
     failure: str | None
+    diverged: bool
     untuned: float | None
     best: _Best | None
     largest_weight: float
@@ -74,6 +75,7 @@ class _Numbers(_Progress):
     untuned: float | None
     to_beat: float | None
     failure: str | None
+    diverged: bool
     best: _Best | None
     optimizer: dict[str, _Entry]
     scaler: dict[str, Any] | None

@@ -22,7 +22,10 @@ from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
 from snugtune.types import FULL_FORWARD, Chunk, Plan
 
-_COUNTERS = ("step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale", "failure")
+_COUNTERS = (
+    "step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale",
+    "failure", "diverged",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Job:
     to_beat: float | None = None  # the held-out loss that patience is measured from
     stale: int = 0  # evaluations since then
     failure: str | None = None  # why it was given up
-    error: Exception | None = None  # what broke it, unless it diverged
+    diverged: bool = False  # that was since its gradient stayed non-finite
+    error: Exception | None = None  # what broke it else, while this process lasts
     paused: bool = False  # it stands as it is, and takes no part
     at_rest: Path | None = None  # the file that holds its weights and its optimizer's state meanwhile
     total: int = field(init=False)  # optimizer steps; 0: as many as are asked for
@@ -65,6 +69,7 @@ class Job:
         c = self.config
         self.total = c.steps or 0 if self.by_hand else total_steps(len(self.data.train), c.batch_size, c.epochs, c.steps)
         self.objective = objective_of(c.objective)
+        self._unscaled = False  # the scaler is in the middle of an optimizer step
         self._outline: dict[str, dict[str, Any]] = {}  # of a job at rest: what its optimizer remembers, but for the tensors
 
     @property
@@ -128,6 +133,31 @@ class Job:
     def lr(self) -> float:
         """The rate of the step to come."""
         return learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.total)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the scale that keeps small gradients within fp16's range.
+
+        An earlier step that was broken off after `unscale` did not happen; torch's scaler has no word for that, but a new one.
+        """
+        if self.scaler is None:
+            return loss
+        if self._unscaled:
+            anew = torch.amp.GradScaler(loss.device.type)
+            anew.load_state_dict(self.scaler.state_dict())
+            self.scaler, self._unscaled = anew, False
+        return self.scaler.scale(loss)
+
+    def unscale(self) -> None:
+        """Take the scale out of the gradient, before it is clipped. Raises `RuntimeError` for one that has none any more."""
+        if self.scaler is not None:
+            self._unscaled = True
+            self.scaler.unscale_(self.optimizer)
+
+    def rescale(self) -> None:
+        """After the optimizer's step: the scale comes down after an overflow, and goes up after many steps without."""
+        if self.scaler is not None:
+            self.scaler.update()
+            self._unscaled = False
 
     def chunks(self) -> list[Chunk]:
         """The step to come, cut by this job and its plan alone."""
@@ -221,6 +251,7 @@ class Ended:
     step: int
     total: int
     failure: str | None = None
+    diverged: bool = False
     untuned: float | None = None
     best: Best | None = None
     largest_weight: float = 0.0  # absolute
@@ -237,7 +268,7 @@ class Ended:
     @classmethod
     def of(cls, job: Job) -> "Ended":
         largest = largest_weight(job.attached)
-        return cls(job.config, job.step, job.total, job.failure, job.untuned, job.best, largest)
+        return cls(job.config, job.step, job.total, job.failure, job.diverged, job.untuned, job.best, largest)
 
 
 def largest_weight(attached: Attached) -> float:
@@ -263,7 +294,7 @@ def quarantine(job: Job) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        job.error = error
+        job.error, job.diverged = error, False
         told = str(error) if isinstance(error, SnugtuneError) else f"{type(error).__name__}: {error}"
         job.failure = f"job '{job.name}': {told}"
 

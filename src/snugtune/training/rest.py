@@ -4,7 +4,6 @@ What lies there is a checkpoint's file of that job, so a checkpoint of a run lin
 """
 
 import math
-import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -14,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from snugtune.errors import StorageError
-from snugtune.files import cache_dir, link_or_copy, scratch_folder, whole_file
+from snugtune.files import cache_dir, link_or_copy, remove_abandoned, scratch_folder, whole_file
 from snugtune.training.job import Guard, Job
+
+_NAME = "resting"
 
 
 class Residence:
@@ -53,8 +54,8 @@ class Residence:
     def put(self, job: Job) -> None:
         """Write a job's state and let go of it. Raises `StorageError`: the job stands as it stood then."""
         if self.folder is None:
-            self.folder = scratch_folder(self.parent or cache_dir(), "resting")
-            self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            self.folder, remove = scratch_folder(self.parent or cache_dir(), _NAME)
+            self._remove = weakref.finalize(self, remove)
         file = self.folder / f"{job.name}.safetensors"
         with whole_file(file) as made:
             write_tensors(job, made)
@@ -80,6 +81,11 @@ class Residence:
         """Remove the folder; no job is to wake any more."""
         if self.folder is not None:
             self._remove()
+
+
+def sweep() -> None:
+    """Remove what rests in the user's cache of processes that were killed. In a run's folder the run itself does so."""
+    remove_abandoned(cache_dir(), _NAME)
 
 
 def write_tensors(job: Job, file: Path) -> None:

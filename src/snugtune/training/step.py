@@ -71,20 +71,19 @@ def optim_step(job: Job, lr: float | None = None) -> float:
     """
     for group in job.optimizer.param_groups:
         group["lr"] = job.lr() if lr is None else lr
-    if job.scaler is not None:
-        job.scaler.unscale_(job.optimizer)
+    job.unscale()
     limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
     norm = float(clip_grad_norm(job.attached.parameters(), limit))
     finite = math.isfinite(norm)
     with _whole_or_given_up(job):
         if finite:
             job.optimizer.step()
-        if job.scaler is not None:
-            job.scaler.update()  # down after an overflow, up after many steps without
+        job.rescale()
         job.attached.publish()
         job.step += 1
     job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
     if job.skipped_in_a_row >= MAX_SKIPS:
+        job.diverged = True
         job.failure = (
             f"job '{job.name}': {MAX_SKIPS} steps in a row had no finite gradient (step {job.step}); "
             "lower optimizer.lr, lengthen schedule.warmup, or look for broken examples"

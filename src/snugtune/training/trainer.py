@@ -232,7 +232,7 @@ class Trainer:
                 with guard(job):
                     states = scored(hidden.detach(), chunk, segment).requires_grad_()
                     loss = objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
-                    (loss if job.scaler is None else job.scaler.scale(loss)).backward()
+                    job.scaled(loss).backward()
                     assert states.grad is not None
                     gradient[segment.tokens].index_add_(0, chunk.rows.to(gradient.device), states.grad)
                     losses[chunk.job] = loss.detach()
