@@ -1,8 +1,8 @@
 """From a run's facts to one HTML page: what is shown, in which order, how much of it. The template only lays it out."""
 
 import base64
-import hashlib
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
