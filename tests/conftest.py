@@ -4,6 +4,7 @@ Functions are imported (`from conftest import tiny_base`), fixtures are asked fo
 """
 
 import functools
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -204,6 +205,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not go through its half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache is not the tests'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SNUGTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")  # before what modules compute once, whose bits depend on it

@@ -18,7 +18,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 Mistakes = Callable[[Any], list[str]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mistakes() -> Mistakes:
     """What the shipped schema has to say about a value."""
     from jsonschema import Draft202012Validator

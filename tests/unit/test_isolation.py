@@ -34,6 +34,7 @@ MANY = settings(deadline=None, derandomize=True, max_examples=60)
 FUSED = {"interleaved": 0, "fused": 64}
 NAMES = ("short", "all", "headed")  # "all" is the one in trouble: between the others, and with adapters everywhere
 BAD = "all"
+GONE = UnreadableError("the disk is gone")
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +221,7 @@ def test_a_stop_between_two_batches_costs_nothing(k: int, run: Run, clean: dict[
     _goes_on_to(clean, run, StopRequestedError)
 
 
-@pytest.mark.parametrize("k", [1, 3, 6])
-@pytest.mark.parametrize("error", [UnreadableError("the disk is gone"), MemoryError()], ids=["disk", "memory"])
+@pytest.mark.parametrize(("error", "k"), [(GONE, 1), (MemoryError(), 1), (MemoryError(), 3), (GONE, 6)])
 def test_steps_that_the_base_breaks_off_begin_anew(error: Exception, k: int, run: Run, clean: dict[str, End]) -> None:
     """In forward, before any job's own part."""
     base = run.trainer.base
@@ -230,8 +230,7 @@ def test_steps_that_the_base_breaks_off_begin_anew(error: Exception, k: int, run
         _goes_on_to(clean, run, type(error))
 
 
-@pytest.mark.parametrize("k", [1, 2, 7])
-@pytest.mark.parametrize("error", [UnreadableError("the disk is gone"), MemoryError()], ids=["disk", "memory"])
+@pytest.mark.parametrize(("error", "k"), [(GONE, 1), (MemoryError(), 2), (GONE, 7), (MemoryError(), 7)])
 def test_steps_that_break_off_in_backward_begin_anew(error: Exception, k: int, run: Run, clean: dict[str, End]) -> None:
     """When blocks above have added to the gradients already."""
     layer = run.trainer.base.sites["model.layers.0.mlp.down_proj"].frozen
@@ -240,9 +239,17 @@ def test_steps_that_break_off_in_backward_begin_anew(error: Exception, k: int, r
         _goes_on_to(clean, run, type(error))
 
 
-@pytest.mark.parametrize("k", [1, 3, 6])
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+@pytest.mark.parametrize(
+    ("error", "after", "k"),
+    [
+        (KeyboardInterrupt(), False, 1),
+        (MemoryError(), True, 1),
+        (MemoryError(), False, 3),
+        (KeyboardInterrupt(), True, 3),
+        (KeyboardInterrupt(), False, 6),
+        (MemoryError(), True, 6),
+    ],
+)
 def test_steps_that_break_off_before_their_optimizer_begin_anew(
     error: BaseException, after: bool, k: int, run: Run, clean: dict[str, End]
 ) -> None:
@@ -258,9 +265,8 @@ def _torn(place: str, job: Job, k: int, error: BaseException) -> None:
     setattr(owner, name, Interrupts(getattr(owner, name), k, error, after=place != "begin"))
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("error", "k"), [(KeyboardInterrupt(), 1), (MemoryError(), 3)], ids=["Ctrl-C", "memory"])
 @pytest.mark.parametrize("place", ["begin", "step", "publish"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
 def test_a_job_that_is_broken_off_in_its_optimizer_is_given_up(
     error: BaseException, place: str, k: int, run: Run, clean: dict[str, End]
 ) -> None:

@@ -270,11 +270,9 @@ def test_products_that_depend_on_their_neighbours_are_found(monkeypatch: pytest.
 # --- what a neighbour changes of itself ---------------------------------------------------------------------------------
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "learning rate": {"optimizer": {"type": "adamw", "lr": 0.3}},
-    "data": {"data_seed": 99, "lengths": (30, 2, 17, 8)},
+    "learning rate and data": {"optimizer": {"type": "adamw", "lr": 0.3}, "data_seed": 99, "lengths": (30, 2, 17, 8)},
     "length": {"max_seq_len": 100, "lengths": (100, 64, 3)},
-    "rank": {"method": {"type": "lora", "r": 13, "lora_dropout": 0.3}},
-    "clip": {"max_grad_norm": 1e-3},
+    "rank and clip": {"method": {"type": "lora", "r": 13, "lora_dropout": 0.3}, "max_grad_norm": 1e-3},
     "seed": {"seed": 77},
     "batch size": {"batch_size": 1, "steps": 9},
 }

@@ -49,14 +49,19 @@ UNPACKABLE = {
     "llama4": "chunked_attention",
 }
 OWN_HEAD = {"modernbert"}
+MOE = {"gptoss", "mixtral", "qwen3moe", "qwen2moe", "hunyuan", "phimoe", "afmoe", "deepseek_v3"}
 PACKABLE = [arch for arch in ARCHS if arch not in UNPACKABLE]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("arch", PACKABLE)
 def test_packable_models_are_found_packable(arch: str, dtype: torch.dtype) -> None:
-    """Silently, with their own plain head; a false alarm would cost the user several times the speed."""
+    """Silently, with their own plain head, and known as a mixture of experts where they are one.
+
+    A false alarm would cost the user several times the speed.
+    """
     base = tiny_base(arch, dtype)
+    assert base.moe is (arch in MOE)
     assert base.packable and base.own_head is (arch in OWN_HEAD)
     assert base.own_head or base.notes == () or arch == "phimoe"
 
@@ -89,12 +94,6 @@ def test_unpackable_models_are_found_and_said_aloud(arch: str, reason: str) -> N
     assert len(base.notes) == 1
     assert reason in base.notes[0] and "one per forward" in base.notes[0]
     assert base.model.config._attn_implementation == base.native_attention != NAME
-
-
-@pytest.mark.parametrize("arch", PACKABLE)
-def test_moe_bases_are_known_as_such(arch: str) -> None:
-    moe = {"gptoss", "mixtral", "qwen3moe", "qwen2moe", "hunyuan", "phimoe", "afmoe", "deepseek_v3"}
-    assert tiny_base(arch).moe is (arch in moe)
 
 
 def _mean_over_the_row(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -194,35 +193,35 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"hunyuan": ATTENTION, "afmoe": ATTENTION}
 
 
-def _check_against_peft(arch: str, rows: list[list[torch.Tensor]], recompute: bool) -> None:
+def _check_against_peft(arch: str, rows: list[list[torch.Tensor]]) -> None:
+    """With activations kept, and with them recomputed."""
     base = tiny_base(arch)
     config = LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS.get(arch, "all-linear"))
     attached = Lora().attach(base, "j", config, seed=0)
     shake(attached)
-    loss = _train_rows(base, rows, recompute=recompute, head_rows=5)
-
     twin = peft_twin(tiny_model(arch), attached)
     truth = nll_alone(twin, [part for row in rows for part in row])
     truth.backward()
-    assert loss == pytest.approx(truth.item(), rel=1e-5)
-    for name, gradient in lora_gradients(attached).items():
-        expected = twin.get_parameter(name).grad
-        assert expected is not None, f"{name} does not take part in the forward: it must not be a target"
-        assert relative(gradient, expected) <= 2e-5, name
+    for recompute in (False, True):
+        attached.zero_grad()
+        loss = _train_rows(base, rows, recompute=recompute, head_rows=5)
+        assert loss == pytest.approx(truth.item(), rel=1e-5)
+        for name, gradient in lora_gradients(attached).items():
+            expected = twin.get_parameter(name).grad
+            assert expected is not None, f"{name} does not take part in the forward: it must not be a target"
+            assert relative(gradient, expected) <= 2e-5, f"{name}, {recompute=}"
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("arch", UNPACKABLE)
-def test_an_unpackable_model_trains_as_with_peft(arch: str, recompute: bool) -> None:
+def test_an_unpackable_model_trains_as_with_peft(arch: str) -> None:
     """One sequence per forward: the loss and the gradients of all its LoRA factors are PEFT's."""
-    _check_against_peft(arch, [[part] for part in sequences(23, 9)], recompute)
+    _check_against_peft(arch, [[part] for part in sequences(23, 9)])
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("arch", [arch for arch in PACKABLE if arch != "phimoe"])  # it draws its experts while training
-def test_a_packed_row_trains_as_its_sequences_with_peft(arch: str, recompute: bool) -> None:
+def test_a_packed_row_trains_as_its_sequences_with_peft(arch: str) -> None:
     """All of them in one row against PEFT with each alone; one has a single token, one is longer than the windows."""
-    _check_against_peft(arch, [sequences(9, 1, 14, 2)], recompute)
+    _check_against_peft(arch, [sequences(9, 1, 14, 2)])
 
 
 @pytest.mark.parametrize(("arch", "overrides"), [("phimoe", {}), ("mixtral", {"router_jitter_noise": 0.3})])

@@ -70,11 +70,16 @@ def _dequantised(base: Base, arch: str, **overrides: Any) -> PreTrainedModel:
 # ---------------------------------------------------------------- loading
 
 
+@pytest.fixture(scope="module")
+def dense(request: pytest.FixtureRequest, folders: Path) -> Base:
+    return _base(folders, request.param, "fp32")
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_weights_are_those_of_the_dense_model_encoded(arch: str, kind: str, folders: Path) -> None:
+@pytest.mark.parametrize(("arch", "dense"), [(arch, arch) for arch in ARCHS], ids=ARCHS, indirect=["dense"])
+def test_weights_are_those_of_the_dense_model_encoded(arch: str, dense: Base, kind: str, folders: Path) -> None:
     """Every linear but head and routers; all else as it is. The fingerprint does not depend on the format."""
-    base, dense = _base(folders, arch, kind), _base(folders, arch, "fp32")
+    base = _base(folders, arch, kind)
     assert base.fingerprint == dense.fingerprint
     format, linears = format_of(plan_of(kind)), {n for n in dense.linear_names if not _is_head_or_router(n)}
     layers = _narrow(base)

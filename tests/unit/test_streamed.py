@@ -4,11 +4,13 @@ The truth is the resident run. Models have more blocks than there are buffers, s
 """
 
 import errno
+import functools
 import json
 import os
 import random
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from snugtune.model.base import Base, load_base
 from snugtune.model.blockfile import ABOUT, DATA, Writer
 from snugtune.model.formats import Bits4
 from snugtune.model.generate import Sampling, generate
+from snugtune.model.load import load_config, load_frozen
 from snugtune.model.offload import SOURCES
 from snugtune.model.source import ModelSource
 from snugtune.model.stream import FileSource, ReadInto, Stream, StreamedLinear
@@ -44,16 +47,35 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def folder_of(arch: str, place: Path) -> Path:
-    folder = place / arch
-    tiny_model(arch, **DEPTH.get(arch, {"num_hidden_layers": 5})).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    made = _made(arch)
+    for name, content in made.items():
+        (place / arch).mkdir(parents=True, exist_ok=True)
+        (place / arch / name).write_bytes(content)
+    return place / arch
+
+
+@functools.cache
+def _made(arch: str) -> dict[str, bytes]:
+    """The files of a tiny model and its tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model(arch, **DEPTH.get(arch, {"num_hidden_layers": 5})).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def plan_of(offload: str, weights: str, **more: Any) -> Plan:
+    compute = "bf16" if weights == "bf16" else "fp32"
+    return Plan("cpu", weights, 1, "blocks", 64, 1, compute, offload=offload, **more)  # pyright: ignore[reportArgumentType]
 
 
 def load(folder: Path, offload: str = "weights", weights: str = "fp32", say: Callable[[str], None] = print, **more: Any) -> Base:
-    compute = "bf16" if weights == "bf16" else "fp32"
-    plan = Plan("cpu", weights, 1, "blocks", 64, 1, compute, offload=offload, **more)  # pyright: ignore[reportArgumentType]
-    return load_base(ModelSource("tiny", str(folder)), plan, say=say)
+    return load_base(ModelSource("tiny", str(folder)), plan_of(offload, weights, **more), say=say)
+
+
+def keep(folder: Path, weights: str = "fp32", say: Callable[[str], None] = print, **more: Any) -> None:
+    """Only have the weights written to disk, where they are not."""
+    source = ModelSource("tiny", str(folder))
+    load_frozen(source, load_config(source, False), plan_of("weights", weights, **more), False, say)
 
 
 def stream_of(base: Base) -> Stream:
@@ -276,10 +298,10 @@ def only_file(cache: Path) -> Path:
 
 def test_another_checkpoint_or_format_has_a_file_of_its_own(tmp_path: Path, cache: Path) -> None:
     folder = folder_of("llama", tmp_path)
-    load(folder, weights="nf4")
-    load(folder, weights="nf4", double_quant=True)
-    load(folder, weights="fp32")
-    load(folder_of("llama", tmp_path / "elsewhere"), weights="fp32")
+    keep(folder, weights="nf4")
+    keep(folder, weights="nf4", double_quant=True)
+    keep(folder, weights="fp32")
+    keep(folder_of("llama", tmp_path / "elsewhere"), weights="fp32")
     assert len(list(cache.rglob(DATA))) == 4
 
 
@@ -301,19 +323,19 @@ def test_what_was_made_of_files_that_are_no_more_is_removed(
 ) -> None:
     """Once there is something new to write of a model of that name; and nothing else is."""
     folder, namesake, other = folder_of("llama", tmp_path), folder_of("llama", tmp_path / "b"), folder_of("gpt2", tmp_path)
-    load(folder)
-    load(folder, weights="nf4")
+    keep(folder)
+    keep(folder, weights="nf4")
     old = set(cache.rglob(DATA))
-    load(namesake)
-    load(other)
+    keep(namesake)
+    keep(other)
     kept = set(cache.rglob(DATA)) - old
     assert (len(old), len(kept)) == (2, 2)
     size = sum(file.stat().st_size for path in old for file in path.parent.iterdir())
     happened(folder)
     said: list[str] = []
-    load(namesake, say=said.append)  # nothing is written
+    keep(namesake, say=said.append)  # nothing is written
     assert not said
-    load(namesake, weights="nf4", say=said.append)
+    keep(namesake, weights="nf4", say=said.append)
     found = set(cache.rglob(DATA))
     assert kept < found and not old & found
     assert len(found) == 3 == len(list((cache / "streamed").iterdir()))
@@ -323,16 +345,16 @@ def test_what_was_made_of_files_that_are_no_more_is_removed(
 
 def test_what_somebody_writes_or_nobody_knows_is_not_removed(tmp_path: Path, cache: Path) -> None:
     folder = folder_of("llama", tmp_path)
-    load(folder)
-    load(folder, weights="nf4")
+    keep(folder)
+    keep(folder, weights="nf4")
     held, unknown = sorted(path.parent.parent for path in cache.rglob(DATA))
     (unknown / "blocks" / SOURCES).write_text("[1]")
     changed(folder)
     with claimed(held):
-        load(folder, weights="int8")
+        keep(folder, weights="int8")
     assert (held / "blocks" / DATA).exists() and (unknown / "blocks" / DATA).exists()
     (held / "blocks").rename(held / ".part-blocks-x")  # what a killed process leaves
-    load(folder, weights="bf16")
+    keep(folder, weights="bf16")
     assert not list(held.iterdir()) and (unknown / "blocks" / DATA).exists()
 
 

@@ -131,8 +131,12 @@ def without_measurements(entries: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "sgd": {"optimizer": {"type": "sgd", "lr": 0.1}},
-    "lion": {"optimizer": "lion"},
+    "sgd, samples": {"optimizer": {"type": "sgd", "lr": 0.1}, "samples": {"every": 2, "max_new_tokens": 6, "count": 2}},
+    "lion, noise and smoothing": {
+        "optimizer": "lion",
+        "neftune_noise_alpha": 5,
+        "objective": {"type": "sft", "label_smoothing": 0.2},
+    },
     "adafactor": {"optimizer": {"type": "adafactor", "lr": 0.01}},
     "adamw in 8 bits": {"plan": {"weights": "fp32", "optimizer_state": "8bit"}},
     "lion in 8 bits, the best": {
@@ -142,8 +146,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "keep_best": {"keep_best": True, "optimizer": {"lr": 0.5}},
     "early_stopping": {"early_stopping": {"patience": 2}, "optimizer": {"lr": 0.5}},
-    "samples": {"samples": {"every": 2, "max_new_tokens": 6, "count": 2}},
-    "noise and smoothing": {"neftune_noise_alpha": 5, "objective": {"type": "sft", "label_smoothing": 0.2}},
 }
 
 
@@ -180,9 +182,9 @@ def test_the_best_state_is_kept(tmp_path: Path, model_folder: Path) -> None:
 
 
 def test_a_loss_that_rises_stops_the_job(tmp_path: Path, model_folder: Path) -> None:
-    config = fields(
-        tmp_path, model_folder, optimizer={"lr": 0.5}, eval_every=1, steps=30, early_stopping={"patience": 3}, keep_best=True
-    )
+    """And where it goes back to its best state, the last samples are of that: they are what the result answers."""
+    options = {"early_stopping": {"patience": 3}, "keep_best": True, "samples": {"prompts": ["What is 3?"], "max_new_tokens": 12}}
+    config = fields(tmp_path, model_folder, optimizer={"lr": 0.5}, eval_every=1, steps=30, **options)
     seen = Stopper()
     train(to_config(config), seen)
     entries = lines(tmp_path / "run" / "metrics.jsonl")
@@ -191,6 +193,10 @@ def test_a_loss_that_rises_stops_the_job(tmp_path: Path, model_folder: Path) -> 
     assert entries[-1]["step"] == best + 1 + 3 < 30
     assert any("no longer falls" in note for note in seen.notes)
     assert train(to_config(config)).already_finished
+    samples = lines(tmp_path / "run" / "samples.jsonl")
+    assert [e["step"] for e in samples] == [0, entries[-1]["step"]]
+    assert snugtune.load(tmp_path / "run").reply("What is 3?", max_new_tokens=12) == samples[-1]["answer"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("best-*")), "the best state is the result now"
 
 
 def judged(losses: Sequence[float | None], patience: int, min_delta: float = 0.0) -> tuple[list[bool], Job]:
@@ -234,18 +240,6 @@ def test_the_state_before_training_is_no_evaluation_to_beat() -> None:
     _, job = judged([], 1)
     assert not job.judge(StepMetrics("default", 0, 99, 0.0, eval_loss=0.1, eval_tokens=1))
     assert job.best is None
-
-
-def test_the_last_samples_are_of_the_result(tmp_path: Path, model_folder: Path) -> None:
-    """Of a job that stops early and goes back to its best state too."""
-    config = fields(
-        tmp_path, model_folder, optimizer={"lr": 0.5}, eval_every=1, steps=30, early_stopping={"patience": 3}, keep_best=True
-    )
-    train(to_config(config | {"samples": {"prompts": ["What is 3?"], "max_new_tokens": 12}}))
-    entries = lines(tmp_path / "run" / "samples.jsonl")
-    assert [e["step"] for e in entries] == [0, lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]]
-    assert snugtune.load(tmp_path / "run").reply("What is 3?", max_new_tokens=12) == entries[-1]["answer"]
-    assert not list((tmp_path / "run" / "checkpoints").glob("best-*")), "the best state is the result now"
 
 
 def test_a_result_no_better_than_the_base_says_so(tmp_path: Path, model_folder: Path) -> None:
@@ -354,7 +348,7 @@ def test_a_document_is_gone_on_with(tmp_path: Path, model_folder: Path) -> None:
 
 
 def test_asking_changes_nothing_of_what_is_learned(tmp_path: Path, model_folder: Path) -> None:
-    quiet = fields(tmp_path, model_folder)
+    quiet = fields(tmp_path, model_folder, steps=4)
     train(to_config(quiet))
     train(to_config(quiet | {"output": str(tmp_path / "asked"), "samples": {"every": 1, "max_new_tokens": 4}}))
     assert equal(adapter(tmp_path / "run"), adapter(tmp_path / "asked"))
@@ -364,7 +358,7 @@ def test_asking_changes_nothing_of_what_is_learned(tmp_path: Path, model_folder:
 
 
 def test_tokens_are_counted(tmp_path: Path, model_folder: Path) -> None:
-    train(to_config(fields(tmp_path, model_folder)))
+    train(to_config(fields(tmp_path, model_folder, steps=3)))
     steps = [m for m in lines(tmp_path / "run" / "metrics.jsonl") if m["step"]]
     assert all(m["examples"] == 4 for m in steps)
     for total, each in (("total_tokens", "tokens"), ("total_label_tokens", "label_tokens")):

@@ -1,6 +1,7 @@
 """From a run's facts to one HTML page: what is shown, in which order, how much of it. The template only lays it out."""
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from snugtune.errors import InputError
@@ -104,8 +105,8 @@ def _is_report(path: Path) -> bool:
         return False  # a folder, or nothing that can be read
 
 
-def render(run: RunFacts, written: datetime | None = None) -> str:
-    """The page as text. Every value goes through the template's escaping."""
+@functools.cache  # compiling it takes longer than filling it in, and a run writes its report again and again
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("snugtune.report", "."),
         autoescape=True,
@@ -114,12 +115,17 @@ def render(run: RunFacts, written: datetime | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "size": size, "share": share, "clipped": clipped}
+    return environment.get_template("page.html.jinja")
+
+
+def render(run: RunFacts, written: datetime | None = None) -> str:
+    """The page as text. Every value goes through the template's escaping."""
     style, script = (Markup(resources.files("snugtune.report").joinpath(name).read_text()) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rows = [_row(job, i) for i, job in enumerate(run.jobs)]
     points = max(60, min(240, POINTS // max(1, len(rows))))
     limit = max(1000, min(8000, SAMPLE_CHARS // max(1, len(rows))))
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         run=run,
         name=run.folder.resolve().name,
         tiles=_tiles(run),
