@@ -107,5 +107,5 @@ def _peak(pid: int) -> int:
 def environment(scratch: Path, offline: bool) -> dict[str, str]:
     """What a run finds set: nothing of this Python's paths but for snugtune, caches of its own, no questions to a hub."""
     kept = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
-    told = {"HF_DATASETS_CACHE": str(scratch / "datasets"), "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_DISABLED": "true"}
+    told = {"HF_DATASETS_CACHE": str(scratch / "datasets"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     return kept | told | ({"HF_HUB_OFFLINE": "1"} if offline else {})

@@ -57,7 +57,7 @@ def prepared(model: str, data: str, folder: Path, batch: int, max_length: int, s
     (items,) = read_sources([SourceConfig(path=data)], Drops())
     kept, tokens, labels = list[Sequence[Mapping[str, Any]]](), 0, 0
     for item in items:
-        if not isinstance(item, Conversation) or [m["role"] for m in item.messages].index("assistant") != len(item.messages) - 1:
+        if not isinstance(item, Conversation) or not _answered_once(item.messages):
             continue
         examples = Sft(SftConfig()).tokenise([item], tokenizer, 2 * max_length, Drops())
         if len(examples) == 1 and len(examples[0].tokens) <= max_length:
@@ -68,6 +68,12 @@ def prepared(model: str, data: str, folder: Path, batch: int, max_length: int, s
         raise SystemExit(f"{data}: no conversation with one answer fits into {max_length} tokens")
     _write(folder, kept)
     return Work(location, folder, len(kept), tokens, labels, batch, max_length, steps)
+
+
+def _answered_once(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the one answer stands at the end, and is text, as all is that was said before."""
+    roles = [message["role"] for message in messages]
+    return roles.count("assistant") == 1 and roles[-1] == "assistant" and all(isinstance(m.get("content"), str) for m in messages)
 
 
 def _write(folder: Path, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> None:
