@@ -11,6 +11,7 @@ Each peer gets an environment of its own, made at the first run. README.md besid
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,14 +82,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append every run to this file, a line each")
     parser.add_argument("--resume", action="store_true", help="go on with the session that --json holds")
     parser.add_argument("--show", action="store_true", help="only show what --json holds")
+    parser.add_argument(
+        "--against", default="snugtune", choices=[row.key for row in ROWS], help="the row that is compared with all"
+    )
     told = parser.parse_args()
     if told.steps <= SKIPPED:
         parser.error(f"--steps: more than {SKIPPED}")
     if (told.resume or told.show) and told.json is None:
         parser.error("--resume and --show need --json")
     if told.show:
-        print(report(Results.kept(told.json)))
+        print(report(Results.kept(told.json), told.against))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the run under way is ended with this
     rows = [row for row in ROWS if not told.only or row.key in told.only]
     for peer in dict.fromkeys(row.peer for row in rows):
         interpreter(peer, told.envs)
@@ -97,7 +102,7 @@ def main() -> None:
         facts = work.facts | {"data": Path(told.data).name, "machine": machine()}
         results = Results.begun(told.json, facts, told.resume)
         measure(rows, work, told.rounds, told.envs, results)
-    print(report(results))
+    print(report(results, told.against))
 
 
 if __name__ == "__main__":

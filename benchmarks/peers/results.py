@@ -72,26 +72,32 @@ def _ceiling(line: Mapping[str, Any], labelled: float) -> float:
     return 1e9 * line["gflops"] / (line["flop_per_token"] + labelled * line["flop_per_label"])
 
 
-def report(results: Results) -> str:
-    """The table, and what all of its rows have in common."""
-    ours = results.runs("snugtune")
+def report(results: Results, against: str = "snugtune") -> str:
+    """The table, and what all of its rows have in common. `against`: the row that the others are compared with, by its key."""
     rows = []
     for row in ROWS:
-        runs = results.runs(row.key)
-        if not runs:
-            if any(line["row"] == row.key for line in results.lines):
-                rows.append([row.title, "failed", *[""] * 5])
-            continue
-        shares = [run.speed / results.ceilings(run.labelled)[index] for index, run in runs.items()]
-        factors = [ours[index].speed / run.speed for index, run in runs.items() if index in ours]
-        told = list(runs.values())
-        rows.append([
-            row.title, spread([run.speed for run in told]), spread([100 * share for share in shares]) + " %",
-            spread([run.peak_bytes / 2**30 for run in told], 2), spread([run.steps[0].at for run in told], 1),
-            spread([run.loss for run in told], 3), spread(factors, 2) if factors else "",
-        ])  # fmt: skip
-    head = ["", "tokens/s", "of the ceiling", "peak, GiB", "first step after, s", "loss at the end", "snugtune is faster by"]
-    return f"{_common(results)}\n\n{table(head, rows)}"
+        if results.runs(row.key):
+            rows.append([row.title, *_cells(results, row.key, against)])
+        elif any(line["row"] == row.key for line in results.lines):
+            rows.append([row.title, "failed", *[""] * 6])
+    title = next(row.title for row in ROWS if row.key == against)
+    head = ["", "tokens/s", "of the ceiling", "peak, GiB", "first step after, s", "loss at the end", "its speed", "its peak"]
+    return f"{_common(results)} In the last columns: {title}, over the row.\n\n{table(head, rows)}"
+
+
+def _cells(results: Results, key: str, against: str) -> list[str]:
+    runs, ours = results.runs(key), results.runs(against)
+    told, both = list(runs.values()), [(ours[index], run) for index, run in runs.items() if index in ours]
+    shares = [100 * run.speed / results.ceilings(run.labelled)[index] for index, run in runs.items()]
+    faster, leaner = [a.speed / b.speed for a, b in both], [a.peak_bytes / b.peak_bytes for a, b in both]
+    return [
+        spread([run.speed for run in told]),
+        spread(shares) + " %",
+        spread([run.peak_bytes / 2**30 for run in told], 2),
+        spread([run.steps[0].at for run in told], 1),
+        spread([run.loss for run in told], 3),
+        *(spread(values, 2) if values else "" for values in (faster, leaner)),
+    ]
 
 
 def _common(results: Results) -> str:

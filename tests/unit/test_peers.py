@@ -82,13 +82,13 @@ def test_a_session_that_broke_off_goes_on_and_is_told(tmp_path: Path):
         {"examples": 2, "tokens": 100, "label_tokens": 50, "batch": 8, "steps": 4, "machine": "M"},
     )
 
-    def run(seconds: float) -> dict[str, Any]:
+    def run(seconds: float, peak: int) -> dict[str, Any]:
         steps = [[seconds * (n + 1), 100, 50, 2.0] for n in range(4)]
-        return {"steps": steps, "peak_bytes": 2**30}
+        return {"steps": steps, "peak_bytes": peak * 2**30}
 
     first = Results.begun(file, facts, resume=False)
     first.add({"row": GEMM, "round": 0, "gflops": 0.5, "flop_per_token": 10**6, "flop_per_label": 0})
-    first.add({"row": "snugtune", "round": 0} | run(0.5))
+    first.add({"row": "snugtune", "round": 0} | run(0.5, 1))
     first.add({"row": "trl", "round": 0, "failed": "no memory"})
     with file.open("a") as out:
         out.write('{"row": "lf", "rou')
@@ -98,10 +98,10 @@ def test_a_session_that_broke_off_goes_on_and_is_told(tmp_path: Path):
         Results.begun(file, facts | {"steps": 5}, resume=True)
     again = Results.begun(file, facts, resume=True)
     assert [again.has(row, 0) for row in (GEMM, "snugtune", "trl", "lf")] == [True, True, False, False]
-    again.add({"row": "trl", "round": 0} | run(2.0))
+    again.add({"row": "trl", "round": 0} | run(2.0, 2))
     table = report(Results.kept(file)).splitlines()
-    assert any(line.startswith("| snugtune, as it comes | 200 | 40 % | 1.00 | 0.5 | 2.000 | 1.00 |") for line in table)
-    assert any(line.startswith("| TRL, as it comes | 50 | 10 % | 1.00 | 2.0 | 2.000 | 4.00 |") for line in table)
+    assert any(line.startswith("| snugtune, as it comes | 200 | 40 % | 1.00 | 0.5 | 2.000 | 1.00 | 1.00 |") for line in table)
+    assert any(line.startswith("| TRL, as it comes | 50 | 10 % | 2.00 | 2.0 | 2.000 | 4.00 | 0.50 |") for line in table)
 
 
 def test_a_step_is_as_many_sequences_or_as_many_packed_tokens(tmp_path: Path):
