@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,9 @@ class Lane:
     """
 
     def __init__(self, command: Sequence[str]):
+        started = time.perf_counter()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.begun = self._read()
+        self.begun = self._read() | {"ready": time.perf_counter() - started}
 
     def lap(self) -> dict[str, float]:
         """What a lap took."""
@@ -89,7 +91,10 @@ def lane(begun: Mapping[str, float], lap: Callable[[], Mapping[str, float]], end
 
 
 def in_laps(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, tuple[list[dict[str, float]], dict[str, float]]]:
-    """(laps, what was said at the start and in the end) of each program. All are in memory at once; one works at a time."""
+    """(laps, what was said at the start and in the end) of each program. All are in memory at once; one works at a time.
+
+    `ready`: the seconds that each took to start.
+    """
     lanes = dict[str, Lane]()
     for name, command in commands.items():
         print(f"starting {name}", file=sys.stderr, flush=True)

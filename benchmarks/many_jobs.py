@@ -11,7 +11,7 @@ Every measurement is a process of its own. Those of a table stand ready side by 
 shown with the least and the greatest. Jobs are LoRA of r=8 on all linears with AdamW, a sequence of random tokens a chunk, all
 of them scored. Throughput counts real tokens from the second step of every job on, so that all have their optimizer state; the
 peak is that of the resident memory since the base was loaded. One process a job, in turn, is what one job does by itself; its
-start-up is told apart. Prints tables, and a line of JSON.
+start-up, to the end of its first step, is told apart. Prints tables, and a line of JSON.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from typing import Any
 from common import in_laps, in_turn, lane, ratios, spread, table
 from random_jobs import examples, loaded, started
 
-STARTED = time.perf_counter()
 PARTS = ("speed", "ragged", "adapters")
 MILESTONES = (1, 10, 100, 1000)
 ACTIVE = 4
@@ -66,7 +65,6 @@ def measure_speed(told: dict[str, Any]) -> None:
     trainer = Trainer(base, plan, Watch("cpu"))
     for at in range(jobs):
         trainer.add(started(base, plan, f"job-{at}", examples(real[at], laid[at], at), chunks, {"type": "lora"}))
-    ready = time.perf_counter() - STARTED
 
     def steps(more: int) -> dict[str, float]:
         goal = {name: job.step + more for name, job in trainer.jobs.items()}
@@ -80,7 +78,7 @@ def measure_speed(told: dict[str, Any]) -> None:
     steps(1)
     state = sum(3 * weight.nbytes for weight in trainer.jobs["job-0"].attached.parameters())
     a_lap = max(1, round(told["lap"] / (jobs * chunks * told["tokens"])))
-    lane({"ready": ready, "state": state}, lambda: steps(a_lap), lambda: {"peak": trainer.watch.peak()})
+    lane({"state": state}, lambda: steps(a_lap), lambda: {"peak": trainer.watch.peak()})
 
 
 def measure_adapters(told: dict[str, Any]) -> dict[str, float]:
