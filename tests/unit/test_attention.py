@@ -9,22 +9,20 @@ from torch import Tensor, nn
 from conftest import packed as pack
 from conftest import sequences, tiny_base, tiny_model
 from snugtune.model import attention
-from snugtune.model.attention import EAGER_MAX_LENGTH, varlen_attention
+from snugtune.model.attention import BLOCK, varlen_attention
 
 LENGTHS = (1, 13, 1, 7, 2)  # single tokens first and between; 13 and 7 are longer than the windows of 5
-ALWAYS, NEVER = 10**9, 0  # values of EAGER_MAX_LENGTH that pick one branch
+BLOCKS = pytest.mark.parametrize("block", [BLOCK, 4], ids=["one block", "several"])
 
 
-@pytest.mark.parametrize("eager_max", [ALWAYS, NEVER], ids=["eager", "sdpa"])
+@BLOCKS
 @pytest.mark.parametrize(
     "arch",
     ["llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "gpt2", "gptoss", "opt", "neox", "cohere", "granite", "afmoe"],
 )
-def test_packed_rows_give_each_sequence_the_logits_it_has_alone(
-    arch: str, eager_max: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_rows_give_each_sequence_the_logits_it_has_alone(arch: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth is an untouched model with its native attention, one sequence at a time."""
-    monkeypatch.setattr(attention, "EAGER_MAX_LENGTH", eager_max)
+    monkeypatch.setattr(attention, "BLOCK", block)
     parts = sequences(*LENGTHS)
     native, base = tiny_model(arch), tiny_base(arch)
     with torch.no_grad():
@@ -95,31 +93,58 @@ def _compare(
         torch.testing.assert_close(mine.grad, exactly.grad.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("eager_max", [ALWAYS, NEVER], ids=["eager", "sdpa"])
+@BLOCKS
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_both_branches_are_grouped_windowed_causal_attention(
-    kv_heads: int, window: int | None, eager_max: int, monkeypatch: pytest.MonkeyPatch
+def test_it_is_grouped_windowed_causal_attention(
+    kv_heads: int, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "EAGER_MAX_LENGTH", eager_max)
+    monkeypatch.setattr(attention, "BLOCK", block)
     _compare(LENGTHS, kv_heads, window)
     _compare(LENGTHS, kv_heads, window, scale=0.7)
 
 
-@pytest.mark.parametrize("eager_max", [ALWAYS, NEVER], ids=["short", "long"])
+@BLOCKS
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("cap", "with_sinks"), [(1.5, False), (None, True), (1.5, True)], ids=["softcap", "sinks", "both"])
 def test_cap_and_sinks_are_honoured_at_any_length(
-    cap: float | None, with_sinks: bool, window: int | None, eager_max: int, monkeypatch: pytest.MonkeyPatch
+    cap: float | None, with_sinks: bool, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "EAGER_MAX_LENGTH", eager_max)
+    monkeypatch.setattr(attention, "BLOCK", block)
     _compare(LENGTHS, 2, window, cap, with_sinks)
 
 
-@pytest.mark.parametrize("window", [None, 700])
-def test_a_row_with_lengths_on_both_sides_of_the_limit(window: int | None) -> None:
-    """The real limit: neighbours in one row take different branches."""
-    _compare((3, EAGER_MAX_LENGTH + 6), 2, window)
+@pytest.mark.parametrize("window", [None, 200])
+def test_rows_with_short_and_long_sequences(window: int | None) -> None:
+    """The real limit, and fewer queries a block where they meet very many keys."""
+    _compare((3, 2 * BLOCK + 6), 2, window)
+
+
+def test_few_queries_at_a_time_where_there_are_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of a block stay within `SCORES`, down to the rows that products need."""
+    monkeypatch.setattr(attention, "SCORES", 4 * 150 * 32)
+    sizes = list[int]()
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(attention.F, "softmax", lambda x, dim: (sizes.append(x.numel()), softmax(x, dim))[1])
+    _compare((150,), 2, None)
+    assert max(sizes) <= attention.SCORES
+    assert len(sizes) == 2 * 5  # forward and backward: 32 queries at a time
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_nothing_is_kept_for_backward_that_grows_with_the_square_of_the_length(cap: float | None) -> None:
+    """Queries, keys and values are, as they came: no copies."""
+    q, k, v = torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8), torch.randn(1, 2, 300, 8)
+    kept = dict[int, int]()
+
+    def pack(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        varlen_attention(nn.Identity(), *leaves, None, cu_seq_lens_q=torch.tensor([0, 40, 300]), softcap=cap)
+    assert kept == {t.untyped_storage().data_ptr(): t.nbytes for t in (q, k, v)}
 
 
 def _call(**keywords: object) -> Tensor:
@@ -151,10 +176,10 @@ def test_borders_are_required() -> None:
         varlen_attention(nn.Identity(), q, q, q, None)
 
 
-@pytest.mark.parametrize("eager_max", [ALWAYS, NEVER], ids=["eager", "sdpa"])
-def test_dropout_reaches_the_probabilities(eager_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@BLOCKS
+def test_dropout_reaches_the_probabilities(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over constant values attention gives the sum of the probabilities: 1 without dropout, 1 on average with it."""
-    monkeypatch.setattr(attention, "EAGER_MAX_LENGTH", eager_max)
+    monkeypatch.setattr(attention, "BLOCK", block)
     q, ones = torch.randn(1, 4, 64, 8), torch.ones(1, 4, 64, 8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -163,10 +188,10 @@ def test_dropout_reaches_the_probabilities(eager_max: int, monkeypatch: pytest.M
     assert abs(float(out.mean()) - 1.0) < 0.1
 
 
-@pytest.mark.parametrize("eager_max", [ALWAYS, NEVER], ids=["eager", "sdpa"])
-def test_a_sequence_has_the_same_bits_beside_any_neighbours(eager_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@BLOCKS
+def test_a_sequence_has_the_same_bits_beside_any_neighbours(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What joint training rests on; a neighbour's NaN does not pass either."""
-    monkeypatch.setattr(attention, "EAGER_MAX_LENGTH", eager_max)
+    monkeypatch.setattr(attention, "BLOCK", block)
     parts = [[torch.randn(1, h, n, 8) for h in (4, 2, 2)] for n in (6, 11, 3)]
     parts[2] = [t * float("nan") for t in parts[2]]
     q, k, v = (torch.cat(column, dim=2) for column in zip(*parts, strict=True))

@@ -39,8 +39,8 @@ def _base(plan: Plan) -> Iterator[Row]:
     yield Row("base", "norms, biases", compute, compute, wide, "most models take the mean square in fp32")
     spilled = f"the blocks' inputs wait {away}" if plan.offload == "activations" else ""
     yield Row("base", "activations and their gradients", compute, compute, wide, spilled)
-    yield Row("base", "attention weights", compute, "fp32", wide, "the softmax; sequences longer than 1024: the kernel's own")
-    yield Row("base", "logits, losses", "fp32", "fp32", None, f"the product with the head in {compute}; a few rows at a time")
+    yield Row("base", "attention weights", compute, "fp32", wide, "the softmax; made again in backward")
+    yield Row("base", "logits, losses", "fp32", "fp32", None, f"the product with the head in {compute}; some rows at a time")
 
 
 def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:

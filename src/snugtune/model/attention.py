@@ -7,18 +7,24 @@ model's keyword arguments.
 Shapes: H query heads, K key/value heads, G = H / K, T tokens of the row, L tokens of a sequence, d head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from snugtune.types import MIN_ROWS
 
 NAME = "snugtune_varlen"
 
-# Below this length the grouped eager path beats SDPA on CPU; above it, its L x L scores cost too much memory.
-EAGER_MAX_LENGTH = 1024
+BLOCK = 128
+"""Queries of a sequence that attend at a time. On CPU blocks of 64 and 256 take longer, and so does torch's fused attention."""
+SCORES = 2**25
+"""Scores of all heads that are alive at a time, where sequences are so long that a block of queries meets more."""
 
 # Keywords that reach attention from the models but say nothing that the sequence borders do not.
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions",
@@ -61,15 +67,11 @@ def varlen_attention(
     if _has_flash(query) and softcap is None and s_aux is None and not dropout:
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
     borders = (cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k).tolist()
-    eager_only = softcap is not None or s_aux is not None
+    how = _How(scale, sliding_window, softcap)
     outputs = []
     for start, end in pairwise(borders):
         q, k, v = query[0, :, start:end], key[0, :, start:end], value[0, :, start:end]
-        if eager_only or end - start <= EAGER_MAX_LENGTH:
-            out = _eager(q, k, v, scale, sliding_window, softcap, s_aux, dropout)
-        else:
-            out = _sdpa(q, k, v, scale, sliding_window, dropout)
-        outputs.append(out.transpose(0, 1))
+        outputs.append(_attended(q, k, v, s_aux, how, dropout).transpose(0, 1))
     return torch.cat(outputs).unsqueeze(0), None  # contiguous, as some models take for granted
 
 
@@ -88,37 +90,115 @@ def _has_flash(query: Tensor) -> bool:
     return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [L, L]: True where query i may look at key j, i.e. 0 <= i - j < window."""
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return allowed if window is None or window >= length else allowed.triu(1 - window)
+@dataclass(frozen=True)
+class _How:
+    """What there is to attention besides queries, keys and values."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def keys(self, rows: slice) -> slice:
+        """The keys that queries `rows` may look at."""
+        return slice(0 if self.window is None else max(0, rows.start - self.window + 1), rows.stop)
+
+    def hidden(self, rows: slice, keys: slice, device: torch.device) -> Tensor:
+        """Boolean [rows, last keys]: True where query i may not look at key j, i.e. not 0 <= i - j < window.
+
+        Keys before those it has columns for are seen by all these queries.
+        """
+        whole = self.window is not None and keys.stop - keys.start > self.window
+        first = keys.start if whole else rows.start
+        hidden = torch.ones(rows.stop - rows.start, keys.stop - first, dtype=torch.bool, device=device)
+        ahead = hidden.triu(rows.start - first + 1)
+        return ahead | hidden.tril(rows.start - first - self.window) if whole and self.window is not None else ahead
 
 
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, dropout: float
-) -> Tensor:
-    """[H, L, d] x [K, L, d] -> [H, L, d]. Heads that share keys form one tall GEMM, so keys are never repeated."""
-    (heads, length, width), kv_heads = q.shape, k.shape[0]
-    grouped = q.reshape(kv_heads, -1, width)  # [K, G * L, d]
-    scores = (grouped @ k.transpose(1, 2) * scale).view(kv_heads, -1, length, length)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_causal(length, window, q.device), float("-inf"))
-    if sinks is not None:  # one more key per head that draws probability and gives nothing
-        column = sinks.to(scores.dtype).view(kv_heads, -1, 1, 1).expand(-1, -1, length, 1)
+def _rows(how: _How, q: Tensor) -> int:
+    """Queries of a block: as many as are quick, fewer where they would meet very many keys."""
+    heads, length, _ = q.shape
+    keys = length if how.window is None else min(length, how.window + BLOCK)
+    return min(BLOCK, max(MIN_ROWS, SCORES // (heads * keys)))
+
+
+def _blocks(how: _How, q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(queries, the keys that they may look at): keys after the last query of a block need not be looked at."""
+    length, most = q.shape[1], _rows(how, q)
+    for start in range(0, length, most):
+        rows = slice(start, min(start + most, length))
+        yield rows, how.keys(rows)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[H, l, d] -> [K, G * l, d]: heads that share keys form one tall product, so keys are never repeated."""
+    return x.reshape(kv_heads, -1, x.shape[-1])
+
+
+def _probs(q: Tensor, k: Tensor, sinks: Tensor | None, how: _How, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q [K, G * l, d] scaled, k [K, j, d] -> probabilities [K, G * l, j], and the slope of the softcap, if there is one.
+
+    With sinks there is one more column: a key per head that draws probability and gives nothing.
+    """
+    scores, slope = q @ k.transpose(1, 2), None
+    if how.softcap is not None:
+        capped = torch.tanh(scores / how.softcap)
+        scores, slope = capped * how.softcap, 1.0 - capped**2
+    scores = scores.view(len(k), -1, len(hidden), k.shape[1])
+    scores[..., k.shape[1] - hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(len(k), -1, 1, 1).expand(-1, -1, len(hidden), 1)
         scores = torch.cat([scores, column], dim=-1)
-    probs = F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)[..., :length]
-    probs = F.dropout(probs, dropout)
-    return (probs.reshape(kv_heads, -1, length) @ v).view(heads, length, v.shape[-1])
+    return F.softmax(scores, dim=-1).flatten(1, 2), slope  # its sums are in fp32, whatever the dtype
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
-    """As `_eager` without cap and sinks, in memory linear in L."""
-    windowed = window is not None and window < q.shape[1]
-    mask = _causal(q.shape[1], window, q.device) if windowed else None
-    return F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, dropout_p=dropout, is_causal=not windowed, scale=scale, enable_gqa=True
-    )[0]
+def _attended(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: _How, dropout: float) -> Tensor:
+    """[H, L, d] x [K, L, d] -> [H, L, d]."""
+    if not dropout:
+        return _Attention.apply(q, k, v, sinks, how)  # pyright: ignore[reportReturnType]
+    whole = slice(0, q.shape[1])
+    probs, _ = _probs(_grouped(q * how.scale, len(k)), k, sinks, how, how.hidden(whole, whole, q.device))
+    return (F.dropout(probs[..., : k.shape[1]], dropout) @ v).view(*q.shape[:2], -1)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps queries, keys and values, and nothing of L x L: the probabilities are made again in backward, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: _How) -> Tensor:
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        for rows, keys in _blocks(how, q):
+            part = _grouped(q[:, rows] * how.scale, len(k))
+            probs, _ = _probs(part, k[:, keys], sinks, how, how.hidden(rows, keys, q.device))
+            out[:, rows] = (probs[..., : keys.stop - keys.start] @ v[:, keys]).view(len(q), -1, v.shape[-1])
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (q, k, v, sinks), how = ctx.saved_tensors, ctx.how
+        several = q.shape[1] > _rows(how, q)
+        wide = torch.promote_types(q.dtype, torch.float32) if several else q.dtype  # what is summed over blocks
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dsinks = None if sinks is None else torch.zeros_like(sinks)
+        for rows, keys in _blocks(how, q):
+            part, dout = _grouped(q[:, rows] * how.scale, len(k)), _grouped(grads[0][:, rows], len(k))
+            probs, slope = _probs(part, k[:, keys], sinks, how, how.hidden(rows, keys, q.device))
+            count = keys.stop - keys.start
+            dv[:, keys] += probs[..., :count].transpose(1, 2) @ dout
+            dprobs = dout @ v[:, keys].transpose(1, 2)
+            if sinks is not None:
+                dprobs = F.pad(dprobs, (0, 1))
+            dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+            if dsinks is not None:
+                dsinks += dscores[..., -1].view(len(dsinks), -1).sum(dim=1, dtype=torch.float32)
+                dscores = dscores[..., :count]
+            if slope is not None:
+                dscores = dscores * slope
+            dq[:, rows] = (dscores @ k[:, keys]).mul_(how.scale).view(len(q), -1, q.shape[-1])
+            dk[:, keys] += dscores.transpose(1, 2) @ part
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int | None, scale: float, window: int | None) -> Tensor:
