@@ -4,7 +4,7 @@ Shapes: n scored rows, D model width, V vocabulary. Only scored rows come here, 
 their V logits alive at a time. The negative log likelihood of target t is logsumexp(z) - z_t with z in fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.types import MIN_ROWS, Segment
+
+_CACHED = 1 << 19
+"""Logits that are passed over at a time."""
 
 
 @dataclass(frozen=True)
@@ -130,25 +133,15 @@ class _FrozenNll(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, targets: Tensor, weights: Tensor, head: Head, layer: FrozenLinear, smoothing: float
     ) -> Tensor:
-        shape = head.shape
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for start in range(0, len(h), head.rows_at_once):
             part = slice(start, start + head.rows_at_once)
-            rows = len(h[part])
-            z = shape(layer.matmul(_at_least_min(h[part])))
-            wanted, w = _at_least_min(targets[part, None]), _at_least_min(weights[part, None].to(z.dtype))
-            lse = z.logsumexp(dim=-1, keepdim=True)
-            aimed = z.gather(1, wanted)
-            if smoothing:
-                aimed = (1 - smoothing) * aimed + smoothing * z.mean(dim=-1, keepdim=True)
-            total += ((lse - aimed) * w).sum()
+            raw = layer.matmul(_at_least_min(h[part]))
+            for few in _few(raw):
+                total += _nll(raw[few], targets[part][few], weights[part][few], head.shape, smoothing, dh is not None)
             if dh is not None:
-                dz = torch.exp(z - lse) if shape.softcap is not None else z.sub_(lse).exp_()
-                if smoothing:
-                    dz.sub_(smoothing / dz.shape[-1])
-                dz.scatter_add_(1, wanted, torch.full_like(lse, smoothing - 1.0)).mul_(w)
-                dh[part] = layer.matmul_t(shape.derivative(dz, z).to(h.dtype))[:rows]
+                dh[part] = layer.matmul_t(raw)[: len(h[part])]
         ctx.save_for_backward(dh)
         return total
 
@@ -158,3 +151,31 @@ class _FrozenNll(torch.autograd.Function):
         (dh,) = ctx.saved_tensors
         # In fp32: 1 / (step size) rounded to bf16 would scale every gradient by up to 0.4 %.
         return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None, None, None
+
+
+def _few(raw: Tensor) -> Iterator[slice]:
+    """Rows whose logits in fp32 stay in the processor's cache: passing over them again and again costs little there."""
+    count = max(1, _CACHED // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
+    return (slice(start, start + count) for start in range(0, len(raw), count))
+
+
+def _nll(raw: Tensor, targets: Tensor, weights: Tensor, shape: Logits, smoothing: float, backward: bool) -> Tensor:
+    """The weighted sum over some rows [n, V] of what the head gave; their gradient takes its place, if `backward`.
+
+    Rows that have no target, which fill up `raw`, weigh nothing.
+    """
+    rows = len(targets)
+    z = shape(raw[:rows])
+    wanted, w = targets[:, None], weights[:, None].to(z.dtype)
+    logprobs = F.log_softmax(z, dim=-1)
+    aimed = logprobs.gather(1, wanted)
+    if smoothing:
+        aimed = (1 - smoothing) * aimed + smoothing * logprobs.mean(dim=-1, keepdim=True)
+    if backward:
+        dz = logprobs.exp_()
+        if smoothing:
+            dz.sub_(smoothing / dz.shape[-1])
+        dz.scatter_add_(1, wanted, torch.full_like(w, smoothing - 1.0)).mul_(w)
+        raw[:rows] = shape.derivative(dz, z)
+        raw[rows:] = 0
+    return -(aimed * w).sum()
