@@ -302,7 +302,7 @@ FAULTS: dict[type[FrozenLinear], str] = {
     OtherWeights: r": its gradient of the input differs by [1-9][0-9.]+%",
     UntilEvaluated: r" after an evaluation: its gradient of the input differs",
     Corrupts: r" after an evaluation: the weight it keeps has changed",
-    OneBuffer: r": its gradient of the input differs",
+    OneBuffer: r": its output in recompute differs",
     WrongScale: r": its output differs by",
 }
 

@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from snugtune.errors import InputError
 from snugtune.model import attention, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears, take_products_in_int8
+from snugtune.model.gated import lean_mlps
 from snugtune.model.head import Head, Logits
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
+from snugtune.model.norms import lean_norms
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router, Spare, route_functions
@@ -121,6 +123,8 @@ class Base:
         """Make every linear a `FrozenLinear`, let functions route, and let no base weight train. Idempotent."""
         if not self.frozen:
             freeze_linears(self.model)
+            lean_mlps(self.model)
+            lean_norms(self.model)
             if self.apart is None:
                 route_functions(self.model, self.router)
             self.frozen = True

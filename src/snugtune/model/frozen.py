@@ -4,6 +4,7 @@ A `FrozenLinear` fetches its weight when it needs it (in forward, in recompute a
 on the autograd context. That one rule is what makes quantised and streamed weights safe: nothing holds on to a transient.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from snugtune.model.formats import Dense, Format, Int8, Parts
+
+Function = Callable[..., Tensor]
 
 
 class FrozenLinear(nn.Linear):
@@ -95,22 +98,47 @@ class FrozenLinear(nn.Linear):
         """dy [..., out] -> dy W [..., in], the gradient with respect to x."""
         return dy @ self.weight
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _Frozen.apply(input, self)  # pyright: ignore[reportReturnType]
+    def forward(self, input: Tensor, *others: Tensor, function: Function | None = None) -> Tensor:
+        """Of `function(input, *others)`, where there is one: backward makes it again instead of keeping it. It is elementwise."""
+        return _Frozen.apply(self, function, input, *others)  # pyright: ignore[reportReturnType]
 
 
 class _Frozen(torch.autograd.Function):
-    """Saves the layer, not its weight; x is not needed at all."""
+    """Saves the layer, not its weight; x is not needed at all, but where it is made of something."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.matmul(x)
+    def forward(ctx: Any, layer: FrozenLinear, function: Function | None, *inputs: Tensor) -> Tensor:
+        ctx.layer, ctx.function = layer, function
+        if function is None:
+            return layer.matmul(inputs[0])
+        ctx.save_for_backward(*inputs)
+        return layer.matmul(function(*inputs))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.layer.matmul_t(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx = ctx.layer.matmul_t(grads[0])
+        if ctx.function is None:
+            return None, None, dx
+        inputs, x = again(ctx.function, ctx.saved_tensors)
+        return None, None, *through(x, inputs, dx, ctx.needs_input_grad[2:])
+
+
+def again(function: Function | None, saved: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+    """In backward: what came in, and what the linear was given, with the way back from one to the other; see `through`."""
+    if function is None:
+        return saved, saved[0]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in saved]
+        return leaves, function(*leaves)
+
+
+def through(x: Tensor, inputs: Sequence[Tensor], dx: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of `inputs`, from `again`, given that of x. Those of inputs that are not wanted are None."""
+    if dx is None or x is inputs[0]:
+        return [dx] * len(inputs)
+    found = iter(torch.autograd.grad(x, [tensor for tensor, want in zip(inputs, wanted, strict=True) if want], dx))
+    return [next(found) if want else None for want in wanted]
 
 
 def _computes_linear(module: nn.Linear) -> bool:

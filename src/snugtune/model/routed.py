@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snugtune.errors import InputError
-from snugtune.model.frozen import FrozenLinear
+from snugtune.model.frozen import FrozenLinear, Function, again, through
 from snugtune.types import Segment
 
 
@@ -104,15 +104,17 @@ class RoutedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.frozen.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, function: Function | None = None) -> Tensor:
+        """As `FrozenLinear` does, and the adapters."""
         active = [(s, self.slots[s.job]) for s in self.router.segments if s.job in self.slots]
         if not active:
-            return self.frozen(x)
+            return self.frozen(*inputs, function=function)
         masks = [_Mask(slot.dropout, segment.seed, self.name) if self.training else None for segment, slot in active]
         factors = [f for _, slot in active for f in (slot.a, slot.b)]
-        y = _Lora.apply(x.flatten(0, -2), self.frozen, active, masks, *factors)
+        rows = [x.flatten(0, -2) for x in inputs]
+        y = _Lora.apply(self.frozen, active, masks, function, len(rows), *rows, *factors)
         assert isinstance(y, Tensor)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*inputs[0].shape[:-1], self.out_features)
 
 
 class RoutedFunction(nn.Module):
@@ -166,36 +168,50 @@ class _Mask:
 
 
 class _Lora(torch.autograd.Function):
-    """One node per linear. Saves x once and nothing else of its size: x A^T and the masks are made again in backward."""
+    """One node per linear. Saves x once, or what it is a function of, and nothing else of its size.
+
+    x A^T, the masks and a function's value are made again in backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: FrozenLinear, active: list[tuple[Segment, Slot]], masks: list[_Mask | None], *factors: Tensor
+        ctx: Any,
+        frozen: FrozenLinear,
+        active: list[tuple[Segment, Slot]],
+        masks: list[_Mask | None],
+        function: Function | None,
+        count: int,
+        *inputs_and_factors: Tensor,
     ) -> Tensor:
+        inputs = inputs_and_factors[:count]
+        x = inputs[0] if function is None else function(*inputs)
         y = frozen.matmul(x)
         for (segment, slot), mask in zip(active, masks, strict=True):
             low = _drop(x[segment.tokens], mask) @ slot.a.to(x.dtype).t()
             y[segment.tokens].addmm_(low, slot.b.to(x.dtype).t(), alpha=slot.scale)
-        ctx.frozen, ctx.active, ctx.masks = frozen, active, masks
-        ctx.save_for_backward(x)
+        ctx.frozen, ctx.active, ctx.masks, ctx.function = frozen, active, masks, function
+        ctx.save_for_backward(*inputs)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,), dy = ctx.saved_tensors, grads[0]
-        dx = ctx.frozen.matmul_t(dy) if ctx.needs_input_grad[0] else None
+        dy = grads[0]
+        inputs, x = again(ctx.function, ctx.saved_tensors)
+        before = ctx.needs_input_grad[5 : 5 + len(inputs)]
+        dx = ctx.frozen.matmul_t(dy) if any(before) else None
         factor_grads: list[Tensor] = []
+        rows = x.detach()
         for (segment, slot), mask in zip(ctx.active, ctx.masks, strict=True):
             a, b = slot.a.to(x.dtype), slot.b.to(x.dtype)
-            xs, dys = _drop(x[segment.tokens], mask), dy[segment.tokens]
+            xs, dys = _drop(rows[segment.tokens], mask), dy[segment.tokens]
             dlow = (dys @ b).mul_(slot.scale)  # [t, r]
             grad_b = (dys.t() @ (xs @ a.t())).to(slot.b.dtype).mul_(slot.scale)
             grad_a = (dlow.t() @ xs).to(slot.a.dtype)
             factor_grads += [grad_a, grad_b]
             if dx is not None:
                 dx[segment.tokens] += _drop(dlow @ a, mask)
-        return dx, None, None, None, *factor_grads
+        return None, None, None, None, None, *through(x, inputs, dx, before), *factor_grads
 
 
 def _drop(x: Tensor, mask: _Mask | None) -> Tensor:

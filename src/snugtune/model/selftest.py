@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from snugtune.errors import GradientError
 from snugtune.model.base import Base
 from snugtune.model.formats import Parts
-from snugtune.model.frozen import FrozenLinear
+from snugtune.model.frozen import FrozenLinear, Function
 from snugtune.model.proofs import probe_batch
 from snugtune.model.reference import true_nll, true_use
 from snugtune.model.routed import RoutedLinear, Slot
@@ -158,9 +158,22 @@ class _Call:
     name: str
     layer: FrozenLinear
     slot: Slot | None
-    x: Tensor
+    inputs: list[Tensor]
+    function: Function | None  # what the linear takes of its inputs
     y: Tensor | None = None
     dy: Tensor | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # of the inputs
+
+    def x(self) -> Tensor:
+        return self.inputs[0] if self.function is None else self.function(*self.inputs)
+
+    def true_gradients(self, dx: Tensor) -> list[Tensor]:
+        """Of the inputs, given that of x."""
+        if self.function is None:
+            return [dx]
+        with torch.enable_grad():
+            leaves = [tensor.to(dx.dtype).requires_grad_() for tensor in self.inputs]
+            return list(torch.autograd.grad(self.function(*leaves), leaves, dx))
 
 
 @dataclass
@@ -173,6 +186,7 @@ class _Probe:
     tolerance: float
     recording: bool = True
     last: _Call | None = None
+    calls: dict[str, list[_Call]] = field(default_factory=dict)
     embedded: list[Tensor] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     factors: dict[str, list[Tensor]] = field(default_factory=dict)  # the true gradients of A and B so far
@@ -181,8 +195,8 @@ class _Probe:
     def watching(self, base: Base, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         handles = [base.model.get_input_embeddings().register_forward_hook(self._embedded)]
         for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(partial(self._before, name)))
-            handles.append(module.register_forward_hook(self._after))
+            handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(self._after, name)))
         try:
             yield
         finally:
@@ -195,22 +209,33 @@ class _Probe:
         self.embedded.append(out)
         return out
 
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x, layer, self.last = args[0], _frozen(module), None
-        if not (self.recording and x.requires_grad):
+    def _before(
+        self, name: str, module: nn.Module, args: tuple[Tensor, ...], how: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]] | None:
+        layer, self.last = _frozen(module), None
+        if not (self.recording and all(x.requires_grad for x in args)):
             return None
-        own = x.view_as(x)  # other linears may take the same input: the gradient of this use alone
+        own = tuple(x.view_as(x) for x in args)  # others may take the same input: the gradient of this use alone
         if name in self.compared:
             slot = module.slots[_JOB] if isinstance(module, RoutedLinear) else None
-            self.last = call = _Call(name, layer, slot, _rows(x).clone())
-            own.register_hook(lambda dx: self._compare(call, _rows(dx)))
+            self.last = _Call(name, layer, slot, [_rows(x).clone() for x in args], how.get("function"))
+            self.calls.setdefault(name, []).append(self.last)
+            for at, x in enumerate(own):
+                x.register_hook(partial(self._came_back, self.last, at))
         else:
             self._check_kept(name, layer)
-            own.register_hook(lambda dx: self._check_kept(name, layer))
-        return (own, *args[1:])
+            own[0].register_hook(lambda dx: self._check_kept(name, layer))
+        return own, how
 
-    def _after(self, module: nn.Module, args: object, y: Tensor) -> Tensor | None:
+    def _came_back(self, call: _Call, at: int, gradient: Tensor) -> None:
+        call.gradients[at] = _rows(gradient)
+        if len(call.gradients) == len(call.inputs):
+            self._compare(call)
+
+    def _after(self, name: str, module: nn.Module, args: object, y: Tensor) -> Tensor | None:
         call = self.last
+        if not self.recording and len(uses := self.calls.get(name, [])) == 1 and uses[0].y is not None:
+            self._hold(name, "output in recompute", _rows(y), uses[0].y, self.tolerance)
         if call is None:
             return None
         call.y = _rows(y).clone()  # no linear calls another, so it is the one that began last
@@ -226,15 +251,17 @@ class _Probe:
             raise self._error(name, "the weight that it computes with is not the one that was kept")
         self.seen.add(name)
 
-    def _compare(self, call: _Call, dx: Tensor) -> None:
+    def _compare(self, call: _Call) -> None:
         assert call.y is not None and call.dy is not None
+        self.calls[call.name].remove(call)
         parts = call.layer.fresh_parts()
         checksum = _checksum(parts)
         if self.stored.setdefault(call.name, checksum) != checksum:
             raise self._error(call.name, "the weight it keeps has changed")
-        y, truth, gradients = true_use(call.layer, parts, call.slot, call.x, call.dy)
+        y, dx, gradients = true_use(call.layer, parts, call.slot, call.x(), call.dy)
         self._hold(call.name, "output", call.y, y, self.tolerance)
-        self._hold(call.name, "gradient of the input", dx, truth, self.tolerance)
+        for at, truth in enumerate(call.true_gradients(dx)):
+            self._hold(call.name, "gradient of the input", call.gradients[at], truth, self.tolerance)
         if call.slot is not None:
             before = self.factors.get(call.name, [])
             self.factors[call.name] = [b + g for b, g in zip(before, gradients, strict=True)] if before else gradients

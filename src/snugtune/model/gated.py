@@ -1,0 +1,66 @@
+"""Gated feed-forward layers, down(act(gate(x)) * up(x)), without keeping what comes between their linears.
+
+As the models write it, backward keeps the activation, its product with `up` and, for the adapter on `down`, that product once
+more: four tensors of the inner width. Here it keeps `gate` and `up`, and makes the rest again (Shazeer 2020, arXiv 2002.05202,
+has the layer; what it costs to make it again is a few passes over memory).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from snugtune.model.frozen import FrozenLinear
+
+_LINEARS = ("gate_proj", "up_proj", "down_proj")
+_ROWS = 16
+
+
+class GatedMLP(nn.Module):
+    """In the place of a model's own module, with its children under their names."""
+
+    def __init__(self, own: nn.Module, activation: str):
+        super().__init__()
+        for name in (*_LINEARS, activation):
+            self.add_module(name, own.get_submodule(name))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (getattr(self, name) for name in _LINEARS)
+        return down(gate(x), up(x), function=self._product)
+
+    def _product(self, gate: Tensor, up: Tensor) -> Tensor:
+        return getattr(self, self.activation)(gate) * up
+
+
+def lean_mlps(model: nn.Module) -> None:
+    """Put a `GatedMLP` in the place of every module of `model` that is seen to compute the same. Its linears are frozen."""
+    seen = dict[type, bool]()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if (activation := _activation_of(child)) is None:
+                continue
+            lean = GatedMLP(child, activation)
+            if type(child) not in seen:  # the code is that of the class
+                seen[type(child)] = _same(child, lean)
+            if seen[type(child)]:
+                setattr(parent, name, lean)
+
+
+def _activation_of(module: nn.Module) -> str | None:
+    """The name of its activation, where a module consists of the three frozen linears and one function; else None."""
+    children = dict(module.named_children())
+    functions = [name for name in children if name not in _LINEARS]
+    linears = [children.get(name) for name in _LINEARS]
+    if len(functions) != 1 or not all(isinstance(linear, FrozenLinear) for linear in linears):
+        return None
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *children[functions[0]].parameters())
+    return functions[0] if not own and isinstance(module.get_submodule(functions[0]), nn.Module) else None
+
+
+@torch.no_grad()
+def _same(own: nn.Module, lean: GatedMLP) -> bool:
+    gate = lean.get_submodule(_LINEARS[0])
+    assert isinstance(gate, FrozenLinear)
+    device = next(gate.buffers()).device if len(list(gate.buffers())) else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _ROWS, gate.in_features, generator=generator).to(device, gate.dtype)
+    return torch.equal(own(x), lean(x))

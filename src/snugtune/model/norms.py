@@ -1,0 +1,82 @@
+"""RMSNorm with less kept for backward and fewer passes over memory (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+As the models write it, the states are widened to fp32 and kept so. Here backward keeps the states as they came, and the inverse
+root mean square of each. x [..., D], weight w [D]; y = w * x / rms(x), in the two ways the models round it.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_EPSILONS = ("variance_epsilon", "eps")
+_ROWS = 16
+
+
+class LeanNorm(nn.Module):
+    """In the place of a model's own norm, with its weight. `plus_one`: the weight is around zero (Gemma)."""
+
+    def __init__(self, own: nn.Module, eps: float, plus_one: bool):
+        super().__init__()
+        self.weight = own.get_parameter("weight")
+        self.eps, self.plus_one = eps, plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RmsNorm.apply(x, self.weight, self.eps, self.plus_one)  # pyright: ignore[reportReturnType]
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+        wide.mul_(scale)
+        ctx.save_for_backward(x, scale, weight)
+        ctx.plus_one = plus_one
+        if plus_one:
+            return wide.mul_(1.0 + weight.to(wide.dtype)).to(x.dtype)
+        return wide.to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """d/dx of w x / rms(x): with g = w dy and n = x / rms(x), (g - n mean(g n)) / rms(x)."""
+        x, scale, weight = ctx.saved_tensors
+        wide = scale.dtype
+        n = x.to(wide, copy=True).mul_(scale)
+        dw = (grads[0] * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        g = grads[0].to(wide) * (1.0 + weight.to(wide)) if ctx.plus_one else (grads[0] * weight).to(wide)
+        mean = torch.linalg.vecdot(g, n).unsqueeze(-1).div_(x.shape[-1])
+        return g.addcmul_(n, mean, value=-1.0).mul_(scale).to(x.dtype), dw, None, None
+
+
+def lean_norms(model: nn.Module) -> None:
+    """Put a `LeanNorm` in the place of every norm of `model` that is seen to compute the same. Its weights are frozen."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            lean = _lean(child)
+            if lean is not None:
+                setattr(parent, name, lean)
+
+
+def _lean(own: nn.Module) -> LeanNorm | None:
+    """What computes the same as `own`, to the bit, in one of the ways known here; None if nothing does."""
+    names = [name for name, _ in (*own.named_parameters(), *own.named_buffers(), *own.named_children())]
+    eps = next((getattr(own, name) for name in _EPSILONS if isinstance(getattr(own, name, None), float)), None)
+    if names != ["weight"] or eps is None or own.get_parameter("weight").dim() != 1 or isinstance(own, nn.LayerNorm):
+        return None
+    if len(inspect.signature(own.forward).parameters) != 1:  # Zamba's is given a gate, too
+        return None
+    candidates = (LeanNorm(own, eps, plus_one) for plus_one in (False, True))
+    return next((lean for lean in candidates if _same(own, lean)), None)
+
+
+@torch.no_grad()
+def _same(own: nn.Module, lean: LeanNorm) -> bool:
+    """Tried on states of very different sizes, down to where eps counts."""
+    sizes = torch.logspace(-4, 2, _ROWS)[:, None]
+    x = torch.randn(_ROWS, len(lean.weight), generator=torch.Generator().manual_seed(0)) * sizes
+    x = x.to(lean.weight)[None]
+    return torch.equal(own(x), lean(x))
