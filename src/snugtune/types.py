@@ -22,8 +22,11 @@ MIN_ROWS = 16
 """Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""
 
 
-FULL_FORWARD = 512
-"""Tokens a forward should at least have room for: with half of that, steps were a quarter slower on 2 CPU cores."""
+FULL_FORWARD = 1024
+"""Tokens a forward should at least have room for: with half of that, steps were a seventh slower on 2 CPU cores."""
+
+SHARED_FORWARD = 512
+"""The same where several jobs share it: between them more may be in the middle of a step, with gradients."""
 
 
 @dataclass(frozen=True)

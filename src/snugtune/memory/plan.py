@@ -9,7 +9,7 @@ import torch
 from snugtune.config import JobConfig, PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS
-from snugtune.types import FULL_FORWARD, NARROW, Dense, Offload, OptimizerState, Plan, Recompute, Width
+from snugtune.types import FULL_FORWARD, NARROW, SHARED_FORWARD, Dense, Offload, OptimizerState, Plan, Recompute, Width
 from snugtune.words import gib
 
 HEAD_ROWS = 512
@@ -115,7 +115,7 @@ def _execution(model: str, pins: PlanConfig, jobs: Sequence[JobConfig], apart: s
         return 0, f"{said} take turns ({'as asked' if apart is None else apart})"
     longest = max((job.max_seq_len for job in jobs), default=0)
     pinned = 1 if pins.micro_batch == "auto" else pins.micro_batch
-    room = max(FULL_FORWARD, pinned * longest) if wanted == "fused" else FULL_FORWARD
+    room = max(SHARED_FORWARD, pinned * longest) if wanted == "fused" else SHARED_FORWARD
     return (
         room,
         f"{said} share forwards of up to {room} tokens ({'as asked' if wanted == 'fused' else 'while their chunks are short'})",
