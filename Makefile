@@ -22,11 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/snugtune demo
 
-test: setup
-	$(BIN)/python -m pytest
+test: test-unit
+	$(BIN)/python -m pytest tests/browser tests/cli tests/real
 
+# These compute on one thread each: several processes share them out.
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit
 
 check: setup
 	$(BIN)/ruff check .
