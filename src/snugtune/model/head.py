@@ -19,8 +19,8 @@ from snugtune.model.frozen import FrozenLinear
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.types import MIN_ROWS, Segment
 
-_CACHED = 1 << 19
-"""Logits that are passed over at a time."""
+_CACHED = 200_000
+"""Logits in fp32 that are passed over at a time: of SmolLM2's vocabulary 4 rows, with 5 it took up to 1.8 times as long."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _FrozenNll(torch.autograd.Function):
 
 def _few(raw: Tensor) -> Iterator[slice]:
     """Rows whose logits in fp32 stay in the processor's cache: passing over them again and again costs little there."""
-    count = max(1, _CACHED // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
+    count = max(2, _CACHED // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
     return (slice(start, start + count) for start in range(0, len(raw), count))
 
 
@@ -167,15 +167,15 @@ def _nll(raw: Tensor, targets: Tensor, weights: Tensor, shape: Logits, smoothing
     rows = len(targets)
     z = shape(raw[:rows])
     wanted, w = targets[:, None], weights[:, None].to(z.dtype)
-    logprobs = F.log_softmax(z, dim=-1)
-    aimed = logprobs.gather(1, wanted)
+    lse = z.logsumexp(dim=-1, keepdim=True)  # more exact than torch's log_softmax over a large vocabulary
+    aimed = z.gather(1, wanted)
     if smoothing:
-        aimed = (1 - smoothing) * aimed + smoothing * logprobs.mean(dim=-1, keepdim=True)
+        aimed = (1 - smoothing) * aimed + smoothing * z.mean(dim=-1, keepdim=True)
     if backward:
-        dz = logprobs.exp_()
+        dz = torch.exp(z - lse) if shape.softcap is not None else z.sub_(lse).exp_()
         if smoothing:
             dz.sub_(smoothing / dz.shape[-1])
         dz.scatter_add_(1, wanted, torch.full_like(w, smoothing - 1.0)).mul_(w)
         raw[:rows] = shape.derivative(dz, z)
         raw[rows:] = 0
-    return -(aimed * w).sum()
+    return ((lse - aimed) * w).sum()
