@@ -207,7 +207,7 @@ def scratch_folder(parent: Path, name: str) -> tuple[Path, Callable[[], None]]:
         while True:
             folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{_UNFINISHED}{name}-"))
             lock = FileLock(folder / _LOCK, thread_local=False)  # whichever thread removes it
-            with suppress(Timeout):  # another process took it for abandoned, before it was held
+            with suppress(Timeout, FileNotFoundError):  # another process took it for abandoned, before it was held
                 lock.acquire(timeout=0)
                 return folder, partial(_remove_held, folder, lock)
     except OSError as error:

@@ -90,30 +90,39 @@ def test_other_feed_forward_layers_stay_as_they_are(arch: str) -> None:
 
 
 class _Odd(nn.Module):
-    """Has the children of a gated layer, but computes something else."""
+    """Has the children of a gated layer, but may compute something else."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float = 1.0, limit: float = float("inf")) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
-        self.act_fn, self.scale = nn.SiLU(), scale
+        self.act_fn, self.scale, self.limit = nn.SiLU(), scale, limit
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x) * self.scale) * self.up_proj(x))
+        gate, up = self.gate_proj(x) * self.scale, self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
-@pytest.mark.parametrize(("scale", "taken"), [(1.0, True), (1.001, False)])
-def test_what_computes_something_else_is_left_alone(scale: float, taken: bool) -> None:
-    model = nn.Sequential(_Odd(scale))
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ([{}], [True]),
+        ([{"scale": 1.001}], [False]),
+        ([{"limit": 16.0}], [False]),  # as Step 3 and DeepSeek V4 clamp
+        ([{}, {"limit": 10.0}, {}, {"scale": 2.0}], [True, False, True, False]),  # each layer by its own settings
+    ],
+)
+def test_what_computes_something_else_is_left_alone(settings: list[dict[str, float]], taken: list[bool]) -> None:
+    model = nn.Sequential(*(_Odd(**how) for how in settings))
     freeze_linears(model)
-    lean_mlps(model)
-    assert bool(_lean(model)) == taken
+    lean_mlps(model, torch.device("cpu"))
+    assert [isinstance(layer, GatedMLP) for layer in model] == taken
 
 
 def test_a_module_with_weights_of_its_own_is_left_alone() -> None:
-    model = nn.Sequential(_Odd(1.0))
+    model = nn.Sequential(_Odd())
     model[0].bias = nn.Parameter(torch.zeros(8), requires_grad=False)
     freeze_linears(model)
-    lean_mlps(model)
+    lean_mlps(model, torch.device("cpu"))
     assert not _lean(model)
 
 

@@ -95,6 +95,25 @@ class _Odd(nn.Module):
 @pytest.mark.parametrize(("power", "eps", "taken"), [(1.0, 1e-6, True), (1.01, 1e-6, False), (1.0, 2e-6, False)])
 def test_what_computes_something_else_is_left_alone(power: float, eps: float, taken: bool) -> None:
     model = nn.Sequential(_Odd(power, eps), nn.LayerNorm(8))
-    lean_norms(model)
+    lean_norms(model, torch.float32)
     assert isinstance(model[0], LeanNorm) == taken
     assert isinstance(model[1], nn.LayerNorm)
+
+
+class _Wide(nn.Module):
+    """A norm whose weight stays in fp32, as transformers keeps some, and which rounds once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.linspace(0.5, 1.5, 64)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, True), (torch.bfloat16, False)], ids=["fp32", "bf16"])
+def test_it_is_tried_on_states_as_they_come(dtype: torch.dtype, taken: bool) -> None:
+    model = nn.Sequential(_Wide())
+    lean_norms(model, dtype)
+    assert isinstance(model[0], LeanNorm) == taken

@@ -123,8 +123,8 @@ class Base:
         """Make every linear a `FrozenLinear`, let functions route, and let no base weight train. Idempotent."""
         if not self.frozen:
             freeze_linears(self.model)
-            lean_mlps(self.model)
-            lean_norms(self.model)
+            lean_mlps(self.model, self.device)
+            lean_norms(self.model, self.dtype)
             if self.apart is None:
                 route_functions(self.model, self.router)
             self.frozen = True

@@ -52,16 +52,16 @@ class _RmsNorm(torch.autograd.Function):
         return g.addcmul_(n, mean, value=-1.0).mul_(scale).to(x.dtype), dw, None, None
 
 
-def lean_norms(model: nn.Module) -> None:
-    """Put a `LeanNorm` in the place of every norm of `model` that is seen to compute the same. Its weights are frozen."""
+def lean_norms(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put a `LeanNorm` in the place of every norm of `model` that is seen to compute the same. States come in `dtype`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            lean = _lean(child)
+            lean = _lean(child, dtype)
             if lean is not None:
                 setattr(parent, name, lean)
 
 
-def _lean(own: nn.Module) -> LeanNorm | None:
+def _lean(own: nn.Module, dtype: torch.dtype) -> LeanNorm | None:
     """What computes the same as `own`, to the bit, in one of the ways known here; None if nothing does."""
     names = [name for name, _ in (*own.named_parameters(), *own.named_buffers(), *own.named_children())]
     eps = next((getattr(own, name) for name in _EPSILONS if isinstance(getattr(own, name, None), float)), None)
@@ -70,13 +70,15 @@ def _lean(own: nn.Module) -> LeanNorm | None:
     if len(inspect.signature(own.forward).parameters) != 1:  # Zamba's is given a gate, too
         return None
     candidates = (LeanNorm(own, eps, plus_one) for plus_one in (False, True))
-    return next((lean for lean in candidates if _same(own, lean)), None)
+    kinds = (dtype, own.get_parameter("weight").dtype)  # some weights are kept in fp32
+    return next((lean for lean in candidates if all(_same(own, lean, kind) for kind in kinds)), None)
 
 
 @torch.no_grad()
-def _same(own: nn.Module, lean: LeanNorm) -> bool:
+def _same(own: nn.Module, lean: LeanNorm, dtype: torch.dtype) -> bool:
     """Tried on states of very different sizes, down to where eps counts."""
     sizes = torch.logspace(-4, 2, _ROWS)[:, None]
     x = torch.randn(_ROWS, len(lean.weight), generator=torch.Generator().manual_seed(0)) * sizes
-    x = x.to(lean.weight)[None]
-    return torch.equal(own(x), lean(x))
+    x = x.to(lean.weight.device, dtype)[None]
+    theirs, ours = own(x), lean(x)
+    return theirs.dtype == ours.dtype and torch.equal(theirs, ours)

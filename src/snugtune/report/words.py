@@ -8,6 +8,7 @@ from typing import Any
 from snugtune.config import JobConfig
 from snugtune.model.source import DEMO, DEMO_HUB_ID
 from snugtune.report.facts import RunFacts
+from snugtune.types import FULL_FORWARD
 
 SOURCES = 4
 """Sources or methods that the head of the page names; more are counted."""
@@ -15,7 +16,7 @@ SOURCES = 4
 _KNOBS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "device": ("device", str),
     "weights": ("number format of the base", str),
-    "micro_batch": ("most tokens in one forward", lambda n: f"{n} x max_seq_len" if n else "512, or one sequence"),
+    "micro_batch": ("most tokens in one forward", lambda n: f"{n} x max_seq_len" if n else f"{FULL_FORWARD}, or one sequence"),
     "recompute": ("activations", lambda how: {"none": "kept", "blocks": "computed again in backward"}.get(how, str(how))),
     "head_rows": ("logits alive at once", lambda n: f"of {n} tokens"),
     "threads": ("CPU threads", str),
