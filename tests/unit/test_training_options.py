@@ -167,7 +167,7 @@ def test_with_any_option_a_resumed_run_ends_bit_equal(tmp_path: Path, model_fold
 
 def test_the_best_state_is_kept(tmp_path: Path, model_folder: Path) -> None:
     """A rate that is far too high makes the held-out loss rise: the result must be the run cut at its best step."""
-    config = fields(tmp_path, model_folder, keep_best=True, optimizer={"lr": 0.5})
+    config = fields(tmp_path, model_folder, keep_best=True, optimizer={"lr": 0.05})
     seen = Stopper()
     train(to_config(config), seen)
     evaluations = {m["step"]: m["eval_loss"] for m in lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in m}
