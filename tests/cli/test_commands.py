@@ -184,7 +184,7 @@ def test_plan_holds_the_measured_peak(trained: Trained) -> None:
     assert plan["plan"]["weights"] == "fp32"
     assert plan["plan"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert plan["plan"]["threads"] == 1
-    assert plan["plan"]["micro_batch"] == 8, "512 tokens a forward"
+    assert plan["plan"]["micro_batch"] == 16, "1024 tokens a forward"
     assert plan["plan"]["recompute"] in ("none", "blocks")
 
 
