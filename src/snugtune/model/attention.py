@@ -199,7 +199,7 @@ class _Attention(torch.autograd.Function):
             dq[:, rows] = (dscores @ k[:, keys]).mul_(how.scale).view(len(q), -1, q.shape[-1])
             dk[:, keys] += dscores.transpose(1, 2) @ part
             del probs, dprobs, dscores  # before the next block's
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None if dsinks is None else dsinks.to(sinks.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks if sinks is None or dsinks is None else dsinks.to(sinks.dtype), None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int | None, scale: float, window: int | None) -> Tensor:
