@@ -26,6 +26,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {"weights": "bf16"},
     "int8": {"weights": "int8"},
     "int8, outliers from 6": {"weights": "int8", "outlier_threshold": 6.0},
+    "w8a8": {"weights": "w8a8"},
     "nf4": {"weights": "nf4"},
     "nf4, double": {"weights": "nf4", "double_quant": True},
 }

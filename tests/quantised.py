@@ -13,6 +13,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4-double": {"weights": "nf4", "double_quant": True},
     "int8": {"weights": "int8"},
     "int8-products": {"weights": "int8", "outlier_threshold": 2.0},
+    "w8a8": {"weights": "w8a8"},
 }
 """The formats that weights can be kept in, as fields of `Plan`."""
 

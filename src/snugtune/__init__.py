@@ -49,7 +49,7 @@ def load(run: str | Path, adapter: str | None = None, trust_remote_code: bool = 
     """Load what a run trained, ready to answer: a run folder, or a PEFT adapter folder.
 
     `adapter` picks a job of a run that trained several; `trust_remote_code` lets code run that
-    comes with the model; `weights` is their format (fp32, bf16, fp16, int8, nf4), by default the one the run was trained
+    comes with the model; `weights` is their format (fp32, bf16, fp16, int8, w8a8, nf4), by default the one the run was trained
     with. Raises `snugtune.errors.InputError` for anything else.
     """
     from snugtune.tuned import load as load_tuned

@@ -155,7 +155,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="another seed draws another answer (where temperature is above 0)")] = 0,
     weights: Annotated[
         str,
-        typer.Option(help="fp32, bf16, fp16, int8, nf4, or auto: as the run was trained", autocompletion=complete.formats),
+        typer.Option(help="fp32, bf16, fp16, int8, w8a8, nf4, or auto: as the run was trained", autocompletion=complete.formats),
     ] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:

@@ -217,8 +217,10 @@ class JobConfig(JobFields):
 class PlanConfig(Config):
     """Pins for the planner's knobs. `auto` leaves the choice to it."""
 
-    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = Field(
-        default="auto", description="number format of the base; in int8 and nf4 weights are only kept, and must be frozen"
+    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "w8a8", "nf4"] = Field(
+        default="auto",
+        description="number format of the base; in int8 and nf4 weights are only kept, w8a8 multiplies in int8 too, with "
+        "activations and gradients rounded to it; all three must be frozen",
     )
     double_quant: bool = Field(
         default=False, description="nf4: keep the scales in 8 bits too (4.13 instead of 4.5 bits a weight)"

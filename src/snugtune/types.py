@@ -11,9 +11,9 @@ from typing import Literal
 from torch import Tensor
 
 Dense = Literal["fp32", "bf16", "fp16"]
-Width = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+Width = Literal["fp32", "bf16", "fp16", "int8", "w8a8", "nf4"]
 """Number formats of the base: those that are computed with, and those that weights are only kept in."""
-NARROW: frozenset[str] = frozenset({"int8", "nf4"})
+NARROW: frozenset[str] = frozenset({"int8", "w8a8", "nf4"})
 Recompute = Literal["none", "blocks"]
 OptimizerState = Literal["fp32", "8bit", "paged"]
 Offload = Literal["none", "activations", "weights"]

@@ -50,10 +50,11 @@ print(json.dumps({"floor": floor, "peak": watch.peak(), "size": size}))
     [
         {"weights": "int8"},
         {"weights": "int8", "outlier_threshold": 6.0},
+        {"weights": "w8a8"},
         {"weights": "nf4"},
         {"weights": "nf4", "double_quant": True},
     ],
-    ids=["int8", "int8-outliers", "nf4", "nf4-double"],
+    ids=["int8", "int8-outliers", "w8a8", "nf4", "nf4-double"],
 )
 def test_lora_learns_on_a_narrow_base(pins: dict[str, Any], tmp_path: Path) -> None:
     """With evaluations before and between the steps: the held-out loss falls after each of them."""

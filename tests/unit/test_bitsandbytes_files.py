@@ -108,7 +108,7 @@ def test_it_can_be_dequantised_and_that_is_said(how: str, made: Path) -> None:
 def test_int8_products_are_the_plans(made: Path) -> None:
     base = loaded(_made(made, "int8"), "int8-products")
     up = base.model.get_submodule("model.layers.0.mlp.up_proj")
-    assert isinstance(up, FrozenLinear) and getattr(up.format, "outlier_threshold") == 2.0  # noqa: B009 (of one format)
+    assert isinstance(up, FrozenLinear) and getattr(up.format, "threshold") == 2.0  # noqa: B009 (of one format)
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])

@@ -178,7 +178,7 @@ BAD_VALUES = [
     ("method", 5, "method: "),
     ("plan.micro_batch", 0, "at least 1"),
     ("plan.micro_batch", "one", "plan.micro_batch: "),
-    ("plan.weights", "int3", "'fp16', 'int8' or 'nf4'"),
+    ("plan.weights", "int3", "'fp16', 'int8', 'w8a8' or 'nf4'"),
     ("plan.recompute", "all", "'none' or 'blocks'"),
     ("plan", "auto", "plan: "),
     ("jobs", "a", "jobs: "),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conftest import relative
 from snugtune.model import formats, reference
-from snugtune.model.formats import Bits4, Dense, Format, Int8, Parts
+from snugtune.model.formats import W8A8, Bits4, Dense, Format, Int8, Outliers, Parts
 from snugtune.model.frozen import FrozenLinear
 
 SHAPES = [(5, 64), (7, 96), (3, 62), (5, 63), (1, 2), (33, 130), (4, 1), (128, 128)]
@@ -25,7 +25,8 @@ FORMATS: dict[str, Format] = {
     "fp4": Bits4(kind="fp4"),
     "fp4-double-128": Bits4(128, True, "fp4"),
     "int8": Int8(),
-    "int8-products": Int8(2.0),
+    "int8-products": Outliers(2.0),
+    "w8a8": W8A8(),
 }
 
 
@@ -218,7 +219,7 @@ def test_dense_is_the_weight_itself(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", [n for n in FORMATS if n != "int8-products"])
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("int8-products", "w8a8")])
 def test_products_and_gradients_are_those_of_the_weight(name: str, bias: bool, dtype: torch.dtype) -> None:
     format, weight, b = FORMATS[name], _weight((24, 96)), _weight((1, 24))[0].to(dtype) if bias else None
     layer = FrozenLinear(format, format.encode(weight), (24, 96), b, dtype)
@@ -244,7 +245,7 @@ def _activations(rows: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 def test_int8_products_round_activations_but_for_outliers(bias: bool, dtype: torch.dtype) -> None:
     """Against the weight times what int8 makes of each row; what is far out is not rounded."""
-    format, weight = Int8(6.0), _weight((24, 96))
+    format, weight = Outliers(6.0), _weight((24, 96))
     b = _weight((1, 24))[0].to(dtype) if bias else None
     layer = FrozenLinear(format, format.encode(weight), (24, 96), b, dtype)
     x = _activations(20).to(dtype).requires_grad_()
@@ -275,8 +276,38 @@ def test_no_row_depends_on_its_neighbours(name: str, dtype: torch.dtype) -> None
 
 
 def test_rows_without_an_outlier_and_empty_rows_are_taken_in_int8_too() -> None:
-    layer = FrozenLinear(Int8(6.0), Int8().encode(_weight((24, 96))), (24, 96), None, torch.float32)
+    layer = FrozenLinear(Outliers(6.0), Int8().encode(_weight((24, 96))), (24, 96), None, torch.float32)
     x = _activations(20).clamp(-3, 3)
     x[4] = 0
     y = layer.matmul(x)
     assert y.isfinite().all() and not y[4].any() and relative(y, F.linear(x, layer.weight)) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_w8a8_rounds_what_it_multiplies_forward_and_backward(bias: bool, dtype: torch.dtype) -> None:
+    """Against exact products of the weight and what int8 makes of each row: of x, and of dy with the weight's scales in it."""
+    format, weight = W8A8(), _weight((24, 96))
+    b = _weight((1, 24))[0].to(dtype) if bias else None
+    layer = FrozenLinear(format, format.encode(weight), (24, 96), b, dtype)
+    plain, scale = format.decode(layer.parts(), (24, 96), torch.float32), layer.parts()["scale"][:, None]
+    x = _activations(20).to(dtype).requires_grad_()
+    truth = F.linear(_true_int8(x.detach().float()).double(), plain.double(), None if b is None else b.double())
+    y = layer(x)
+    assert y.dtype == dtype and relative(y, truth) <= torch.finfo(dtype).eps
+    assert 1e-4 < relative(y, F.linear(x.float(), plain, None if b is None else b.float())) < 3e-2
+    dy = _weight((20, 24), 3).to(dtype)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = _true_int8(dy.float() * scale.t()).double() @ (plain / scale).double()
+    assert dx.dtype == dtype and relative(dx, exact) <= torch.finfo(dtype).eps
+    assert 1e-4 < relative(dx, dy.float() @ plain) < 3e-2
+
+
+def test_w8a8_takes_any_number_of_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    format, weight = W8A8(), _weight((24, 96))
+    layer = FrozenLinear(format, format.encode(weight), (24, 96), None, torch.bfloat16)
+    x, dy = (_weight((37, side), side).bfloat16() for side in (96, 24))
+    whole = layer.matmul(x), layer.matmul_t(dy)
+    monkeypatch.setattr("snugtune.model.formats._INT8_PIECE", 5 * 96)
+    assert torch.equal(layer.matmul(x), whole[0]) and torch.equal(layer.matmul_t(dy), whole[1])
+    assert layer.matmul(x[:0]).shape == (0, 24) and layer.matmul_t(dy[:0]).shape == (0, 96)

@@ -85,7 +85,7 @@ def test_with_recompute_too(dense: str, fused: int, stages: Stages) -> None:
     assert unlike(together(base, replace(plan, fused_tokens=fused, recompute="blocks"), JOBS), truth) == {}
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "int8-products"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int8-products", "w8a8"])
 def test_on_quantised_bases_too(kind: str, stages: Stages) -> None:
     """`int8-products`: with outliers, which are multiplied apart from the others."""
     jobs = {name: JOBS[name] for name in ("all", "short", "headed")}

@@ -53,7 +53,7 @@ def plan_for(
         recompute=recompute,
         head_rows=HEAD_ROWS,
         threads=torch.get_num_threads(),
-        compute=_native(device)[0] if weights == "int8" or weights == "nf4" else weights,
+        compute=_compute(weights, device),
         double_quant=pins.double_quant,
         outlier_threshold=pins.outlier_threshold,
         optimizer_state=_optimizer_state(pins.optimizer_state, jobs, device),
@@ -144,7 +144,8 @@ def _resting(pins: PlanConfig, jobs: Sequence[JobConfig]) -> tuple[str, ...]:
 
 def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:
     name = torch.cuda.get_device_name() if plan.device == "cuda" else f"{plan.threads} threads"
-    narrow = f", products in {plan.compute}" if plan.weights in NARROW else ""
+    products = "int8" if plan.weights == "w8a8" else plan.compute
+    narrow = f", products in {products}" if plan.weights in NARROW else ""
     return (
         f"device {plan.device} ({name})",
         f"weights {plan.weights} ({why_weights}{narrow})",
@@ -195,16 +196,13 @@ def plan_for_answers(stored: Width | None = None, weights: str = "auto", kept: K
     else in the device's native format. Raises `InputError` for what cannot be.
     """
     device, kept = _device("auto"), kept or Kept()
-    compute = _native(device)[0]
     elsewhere = device == "cpu" and kept.weights == "fp16"  # trained on a GPU
     if weights == "auto" and kept.weights is not None and (kept.narrow or kept.offload == "weights") and not elsewhere:
         width, why = kept.weights, "as the run was trained"
     else:
         width, why = _weights(weights, device, stored, "--weights")
         kept = Kept()
-    if width != "int8" and width != "nf4":
-        compute = width
-    plan = Plan(device, width, 1, "none", HEAD_ROWS, torch.get_num_threads(), compute)
+    plan = Plan(device, width, 1, "none", HEAD_ROWS, torch.get_num_threads(), _compute(width, device))
     offload: Offload = "weights" if kept.offload == "weights" else "none"  # activations are not kept when there is no backward
     how = {"double_quant": kept.double_quant, "outlier_threshold": kept.outlier_threshold, "offload": offload}
     return replace(plan, **how), why
@@ -257,7 +255,7 @@ def _weights(wanted: str, device: str, stored: Width | None, field: str = "plan.
     """The format of the weights, and why. `field` names what asked for it."""
     if wanted == "fp16" and device == "cpu":
         raise InputError(_NO_FP16.replace("plan.weights", field))
-    if wanted in NARROW and stored not in (None, wanted):
+    if wanted in NARROW and stored not in (None, "int8" if wanted == "w8a8" else wanted):
         raise InputError(f"{field}: {wanted} asked for, but the checkpoint keeps its weights in {stored}; use auto")
     for width in get_args(Width):
         if width == wanted:
@@ -265,6 +263,11 @@ def _weights(wanted: str, device: str, stored: Width | None, field: str = "plan.
     if wanted != "auto":
         raise InputError(f"{field}: {wanted} is no number format; valid: auto, {', '.join(get_args(Width))}")
     return (stored, "as the checkpoint keeps them") if stored is not None else _native(device)
+
+
+def _compute(weights: Width, device: str) -> Dense:
+    """The format to compute with: that of the weights, where they are not in fewer bits."""
+    return _native(device)[0] if weights == "int8" or weights == "w8a8" or weights == "nf4" else weights
 
 
 def _native(device: str) -> tuple[Dense, str]:

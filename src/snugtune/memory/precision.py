@@ -65,10 +65,12 @@ def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:
 
 def _kept(plan: Plan) -> str:
     doubly = ", scales in 8 bits" if plan.double_quant else ""
-    return f"{plan.weights}{doubly}"
+    return "int8" if plan.weights == "w8a8" else f"{plan.weights}{doubly}"
 
 
 def _products(plan: Plan) -> str:
+    if plan.weights == "w8a8":
+        return "int8, forward and backward"
     if plan.outlier_threshold:
         return f"int8 (from {plan.outlier_threshold:g} on {plan.compute}); backward {plan.compute}"
     return plan.compute

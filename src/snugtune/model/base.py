@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
 from snugtune.model import attention, proofs
-from snugtune.model.frozen import FrozenLinear, freeze_linears, take_products_in_int8
+from snugtune.model.frozen import FrozenLinear, freeze_linears, take_products
 from snugtune.model.gated import lean_mlps
 from snugtune.model.head import Head, Logits
-from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, stored_width
+from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, products_of, stored_width
 from snugtune.model.norms import lean_norms
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
@@ -271,7 +271,7 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False, 
     if plan.weights in NARROW or plan.offload == "weights" or stored_width(source, config) is not None:
         model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code, say)
         base = Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
-        take_products_in_int8(model, plan.outlier_threshold)
+        take_products(model, products_of(plan))
         return base
     identity = None
     if plan.weights == "fp16":  # what the fingerprint looks at does not survive the rounding to fp16

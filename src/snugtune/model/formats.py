@@ -32,6 +32,8 @@ _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0
 _FP4 = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 CODES: dict[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
 """What the 16 values of 4 bits stand for."""
+_INT8_PIECE = 1 << 20
+"""Elements of the wider side that are multiplied in int8 at a time."""
 _LEAST = 1e-36
 """The least scale of int8: 127 divided by less would overflow, and rows of zeros have none."""
 
@@ -58,9 +60,23 @@ class Format(Protocol):
         """x [..., in] -> x W^T + b [..., out]."""
         ...
 
+    def matmul_t(self, dy: Tensor, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """dy [..., out] -> dy W [..., in], with W as it is in `dtype`."""
+        ...
+
+
+class _Decoded:
+    """Products with the weight as it is decoded."""
+
+    def matmul(self: Format, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.decode(parts, shape, x.dtype), bias)
+
+    def matmul_t(self: Format, dy: Tensor, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return dy @ self.decode(parts, shape, dtype)
+
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Decoded):
     """The weight itself; it is computed with as it lies, whatever format it was moved to since."""
 
     dtype: torch.dtype
@@ -78,20 +94,10 @@ class Dense:
     def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return parts["dense"]
 
-    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-        return F.linear(x, parts["dense"], bias)
-
 
 @dataclass(frozen=True)
-class Int8:
-    """8 bits a weight: W = q s / 127, with s the largest magnitude of each row (Dettmers et al. 2022, arXiv 2208.07339).
-
-    `outlier_threshold` > 0 takes the products in int8 too, as LLM.int8() does: rows of x are rounded to int8, but for
-    numbers of at least the threshold, which are multiplied in x's own format. Which numbers these are is decided one by
-    one, not by columns of the batch, so that no row depends on its neighbours.
-    """
-
-    outlier_threshold: float = 0.0
+class Int8(_Decoded):
+    """8 bits a weight: W = q s / 127, with s the largest magnitude of each row (Dettmers et al. 2022, arXiv 2208.07339)."""
 
     @property
     def name(self) -> str:
@@ -114,12 +120,21 @@ class Int8:
             weight[part] = q[part] * scale[part, None]
         return weight
 
+
+@dataclass(frozen=True)
+class Outliers(Int8):
+    """Int8 whose products are in int8 too, as LLM.int8() has them, but for what is large in x; backward is as it was.
+
+    Rows of x are rounded to int8, but for numbers of at least the threshold, which are multiplied in x's own format. Which
+    numbers these are is decided one by one, not by columns of the batch, so that no row depends on its neighbours.
+    """
+
+    threshold: float
+
     def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-        if not self.outlier_threshold:
-            return F.linear(x, self.decode(parts, shape, x.dtype), bias)
         _operators()
         rows = x.reshape(-1, shape[1])
-        far = rows.abs() >= self.outlier_threshold
+        far = rows.abs() >= self.threshold
         near, scale = _rows_in_int8(rows.masked_fill(far, 0))
         sums = torch.ops.bitsandbytes.int8_linear_matmul.default(near, parts["int8"])
         y = sums * (scale[:, None] / 127) * (parts["scale"] / 127)
@@ -135,15 +150,59 @@ class Int8:
         return y.to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
+@dataclass(frozen=True)
+class W8A8(Int8):
+    """Int8 whose products are in int8 too, forward and backward: rows of x and of dy are rounded, whatever is large in them.
+
+    In backward the weight's scales, which stand along the sum, are worked into dy before it is rounded. int8 products sum
+    whole numbers exactly, so that no row depends on its neighbours.
+    """
+
+    ALIGNED: ClassVar[int] = 8
+    """What CUDA's products want both sides of a weight to be a multiple of."""
+
+    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+        y = _int8_product(x.reshape(-1, shape[1]), parts["int8"].t(), None, parts["scale"] / 127, bias)
+        return y.view(*x.shape[:-1], shape[0])
+
+    def matmul_t(self, dy: Tensor, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        dx = _int8_product(dy.reshape(-1, shape[0]), parts["int8"], parts["scale"] / 127, None, None)
+        return dx.view(*dy.shape[:-1], shape[1])
+
+
+def _int8_product(x: Tensor, q: Tensor, before: Tensor | None, after: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [n, k], q int8 [k, m] -> ((x * before [k]) rounded by rows) q * after [m] + bias [m], in x's dtype.
+
+    Some rows at a time: sums and what becomes of them take four bytes a number.
+    """
+    y = x.new_empty(len(x), q.shape[1])
+    count = max(1, _INT8_PIECE // max(q.shape))
+    for start in range(0, len(x), count):
+        part = slice(start, start + count)
+        near, scale = _rows_in_int8(x[part] if before is None else x[part] * before)
+        sums = _int_mm(near, q) * (scale[:, None] / 127)
+        if after is not None:
+            sums *= after
+        if bias is not None:
+            sums += bias
+        y[part] = sums
+    return y
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [n, k] x int8 [k, m] -> int32 [n, m]. CUDA's wants more than 16 rows."""
+    short = 17 - len(a) if a.is_cuda else 0
+    return torch.ops.aten._int_mm(F.pad(a, (0, 0, 0, short)) if short > 0 else a, b)[: len(a)]
+
+
 def _rows_in_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[n, in] -> int8 [n, in] and the scale [n] of each row, its largest magnitude."""
-    rows = rows.float()
-    scale = rows.abs().amax(dim=1).clamp_min(_LEAST)
-    return torch.round(rows * (127 / scale[:, None])).to(torch.int8), scale
+    scale = rows.abs().amax(dim=1).float().clamp_min_(_LEAST)
+    return (rows.float() * (127 / scale[:, None])).round_().to(torch.int8), scale
 
 
 @dataclass(frozen=True)
-class Bits4:
+class Bits4(_Decoded):
     """4 bits a weight: blocks of consecutive weights share a scale, their largest magnitude (QLoRA, arXiv 2305.14314).
 
     `kind` is the code of 16 numbers: nf4, whose steps follow a normal distribution, or fp4. `double`: the scales are kept
@@ -200,9 +259,6 @@ class Bits4:
             end = ops.dequantize_4bit.default(packed[rows * width // 2 :], absmax[-1:], *how, [1, rest + rest % 2], dtype)
             made = torch.cat((made.view(-1), end.view(-1)[:rest]))
         return made.view(shape)
-
-    def matmul(self, x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.decode(parts, shape, x.dtype), bias)
 
 
 @functools.cache

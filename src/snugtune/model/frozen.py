@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from snugtune.model.formats import Dense, Format, Int8, Parts
+from snugtune.model.formats import W8A8, Dense, Format, Int8, Parts
 
 Function = Callable[..., Tensor]
 
@@ -96,7 +96,7 @@ class FrozenLinear(nn.Linear):
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         """dy [..., out] -> dy W [..., in], the gradient with respect to x."""
-        return dy @ self.weight
+        return self.format.matmul_t(dy, self.parts(), self.shape, self.dtype)
 
     def forward(self, input: Tensor, *others: Tensor, function: Function | None = None) -> Tensor:
         """Of `function(input, *others)`, where there is one: backward makes it again instead of keeping it. It is elementwise."""
@@ -148,11 +148,12 @@ def _computes_linear(module: nn.Linear) -> bool:
         return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
 
 
-def take_products_in_int8(model: nn.Module, outlier_threshold: float) -> None:
-    """Let linears in int8 round activations too (see `Int8`); not before the model was tried, which rounding would disturb."""
+def take_products(model: nn.Module, format: Int8) -> None:
+    """Let linears in int8 multiply as `format` says; not before the model was tried, which rounding would disturb."""
     for layer in model.modules():
         if isinstance(layer, FrozenLinear) and isinstance(layer.format, Int8):
-            layer.format = Int8(outlier_threshold)
+            fits = not isinstance(format, W8A8) or not any(side % W8A8.ALIGNED for side in layer.shape)
+            layer.format = format if fits else Int8()
 
 
 def thaw_linears(model: nn.Module, dtype: torch.dtype) -> None:

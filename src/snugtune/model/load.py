@@ -16,7 +16,7 @@ from transformers import (
 
 from snugtune.errors import InputError, StorageError
 from snugtune.hub import hub_trouble
-from snugtune.model.formats import Bits4, Dense, Format, Int8
+from snugtune.model.formats import W8A8, Bits4, Dense, Format, Int8, Outliers
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.offload import on_disk
 from snugtune.model.quantize import InMemory, Keeper, Request, kept_in_fp32, sample
@@ -203,7 +203,14 @@ def format_of(plan: Plan) -> Format:
     """How the plan keeps the weights of linears."""
     if plan.weights == "nf4":
         return Bits4(double=plan.double_quant)
-    return Int8() if plan.weights == "int8" else Dense(DTYPES[plan.weights])
+    return Int8() if plan.weights in ("int8", "w8a8") else Dense(DTYPES[plan.weights])
+
+
+def products_of(plan: Plan) -> Int8:
+    """How weights that are kept in int8 are multiplied."""
+    if plan.weights == "w8a8":
+        return W8A8()
+    return Outliers(plan.outlier_threshold) if plan.outlier_threshold else Int8()
 
 
 def stored_width(source: ModelSource, config: PretrainedConfig) -> Width | None:

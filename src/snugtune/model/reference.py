@@ -4,14 +4,16 @@ No kernel of `formats` is used. Weights are decoded a few rows at a time, and gr
 weight in fp32 is ever made. Shapes: W [out, in], x [n, in], dy [n, out].
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from snugtune.model.formats import CODES, Bits4, Dense, Format, Int8, Parts
+from snugtune.model.formats import CODES, W8A8, Bits4, Dense, Format, Int8, Outliers, Parts
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.head import Logits
 from snugtune.model.routed import Slot
@@ -45,17 +47,19 @@ def true_use(layer: FrozenLinear, parts: Parts, slot: Slot | None, x: Tensor, dy
     wide = torch.promote_types(layer.dtype, torch.float32)
     factors = [] if slot is None else [_leaf(factor.detach().to(x.dtype), wide) for factor in (slot.a, slot.b)]
     x, dy = _leaf(x, wide), dy.to(wide)
-    threshold = layer.format.outlier_threshold if isinstance(layer.format, Int8) else 0.0
-    taken = _in_int8(x.detach(), threshold) if threshold else None
+    taken, given = _taken(layer.format, x.detach()), _given(layer.format, parts, dy)
     whole = torch.empty_like(dy)
     for rows in pieces(layer.shape):
-        weight = reference_rows(layer.format, parts, layer.shape, layer.dtype, rows)
+        weight = reference_rows(layer.format, parts, layer.shape, torch.float32 if given is not None else layer.dtype, rows)
         bias = None if layer.bias is None else layer.bias[rows].to(wide)
         with torch.enable_grad():
             y = F.linear(x, weight, bias)
             if taken is not None:  # its weight is not rounded to 16 bits on its way
                 exact = reference_rows(layer.format, parts, layer.shape, torch.float32, rows).to(wide)
                 y = y + (F.linear(taken, exact, bias) - y).detach()  # its gradient stays
+            if given is not None:
+                y = _Given.apply(y, given[:, rows])
+            assert isinstance(y, Tensor)
             if slot is not None:
                 y = y + slot.scale * F.linear(F.linear(x, factors[0]), factors[1][rows])
             y.backward(dy[:, rows])  # pieces add up in the gradients
@@ -97,6 +101,34 @@ def _leaf(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradient(leaf: Tensor) -> Tensor:
     assert leaf.grad is not None
     return leaf.grad
+
+
+def _taken(format: Format, x: Tensor) -> Tensor | None:
+    """What a product in int8 makes of x [n, in]; None where there is none."""
+    if isinstance(format, Outliers | W8A8):
+        return _in_int8(x, format.threshold if isinstance(format, Outliers) else math.inf)
+    return None
+
+
+def _given(format: Format, parts: Parts, dy: Tensor) -> Tensor | None:
+    """The same of dy [n, out] in backward: it is rounded with the weight's scales in it."""
+    if not isinstance(format, W8A8):
+        return None
+    scale = parts["scale"] / 127
+    return _in_int8(dy * scale, math.inf) / scale
+
+
+class _Given(torch.autograd.Function):
+    """Passes y on, and back what it was told instead of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, given: Tensor) -> Tensor:
+        ctx.given = given
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.given, None
 
 
 def _in_int8(x: Tensor, threshold: float) -> Tensor:
