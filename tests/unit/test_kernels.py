@@ -133,6 +133,20 @@ def test_models_train_with_liger_as_with_our_own(
     assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_norms_round_where_the_model_does(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly a number differs: the weight is taken after rounding, or before it, as in the model's own."""
+    stand_in(monkeypatch)
+    base = tiny_base(arch, BF16)
+    base.freeze()
+    norm = next(module for module in base.model.modules() if isinstance(module, LeanNorm))
+    weight = torch.linspace(-0.5, 1.5, len(norm.weight)).to(BF16)
+    norm.weight.data.copy_(weight)
+    x = torch.randn(64, len(weight), generator=torch.Generator().manual_seed(0)).to(BF16)
+    different = liger.rms_norm(x, norm.weight, norm.eps, norm.plus_one) != norm(x)
+    assert different.float().mean() < 0.002
+
+
 class _Wrong(LigerRMSNormFunction):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
