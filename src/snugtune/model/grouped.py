@@ -172,7 +172,7 @@ def groups_are_independent(device: torch.device, dtype: torch.dtype, shapes: Ite
 
     For linears of `shapes` (out, in). What the operator refuses is not.
     """
-    kinds = [(*shape, rank) for shape in sorted(set(shapes)) if takes(shape, dtype) for rank in RANKS]
+    kinds = [(out, into, rank) for out, into in sorted(set(shapes)) if takes((out, into), dtype) for rank in RANKS]
     try:
         return all(_independent(*kind, sizes, device, dtype) for kind in kinds for sizes in _TRIALS)
     except RuntimeError:
@@ -188,12 +188,12 @@ def _independent(out: int, into: int, rank: int, sizes: tuple[int, ...], device:
     x, dy = drawn(sum(sizes), into), drawn(sum(sizes), out)
     a, b = drawn(len(sizes), rank, into), drawn(len(sizes), out, rank)
     for n, (start, stop) in enumerate(pairwise([0, *accumulate(sizes)])):
-        own = slice(start, stop)
-        alone = _products(x[own], dy[own], a[n : n + 1], b[n : n + 1], sizes[n : n + 1])[0]
-        among_nan = _products(*(_only(t, own) for t in (x, dy)), *(_only(f, slice(n, n + 1)) for f in (a, b)), sizes)
+        rows, job = slice(start, stop), slice(n, n + 1)
+        alone = _products(x[rows], dy[rows], a[job], b[job], sizes[job])[0]
+        among_nan = _products(_only(x, rows), _only(dy, rows), _only(a, job), _only(b, job), sizes)
         if not _equal(alone, among_nan[n]):
             return False
-        if not all(close(*pair) for pair in zip(alone, _plain(x[own], dy[own], a[n], b[n]), strict=True)):
+        if not all(close(*pair) for pair in zip(alone, _plain(x[rows], dy[rows], a[n], b[n]), strict=True)):
             return False
     return True
 
