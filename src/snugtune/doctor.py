@@ -20,7 +20,8 @@ from snugtune.console import Console
 from snugtune.memory.plan import make_plan
 from snugtune.memory.precision import precision
 from snugtune.model.gguf import cache_dir
-from snugtune.model.load import load_config, stored_width
+from snugtune.model.kernels import described, setting_of
+from snugtune.model.load import DTYPES, load_config, stored_width
 from snugtune.model.source import find_model
 from snugtune.words import gib
 
@@ -60,6 +61,7 @@ class Report:
     threads: machine.Threads
     allocator: machine.Allocator
     auto: Choice
+    kernels: Mapping[str, str]  # part of a model -> what computes it, as auto has it
     formats: tuple[gemm.Format, ...]  # none with --quick
 
 
@@ -82,6 +84,7 @@ def examine(quick: bool = False) -> Report:
         threads=machine.threads(),
         allocator=machine.allocator(),
         auto=_choice(),
+        kernels=_kernels(),
         formats=() if quick else tuple(f for device in devices for f in gemm.measure_all(device)),
     )
 
@@ -96,6 +99,12 @@ def _choice() -> Choice:
     """The planner's own answer for a config that leaves everything to it."""
     planned = make_plan(to_config({"model": "any", "data": "any", "output": "any"}))
     return Choice(planned.plan.device, planned.plan.weights, planned.reasons)
+
+
+def _kernels() -> dict[str, str]:
+    """What `auto` would compute each part of a model with."""
+    plan = make_plan(to_config({"model": "any", "data": "any", "output": "any"})).plan
+    return described(setting_of(torch.device(plan.device), DTYPES[plan.compute]))
 
 
 def _version(package: str) -> str | None:
@@ -219,6 +228,7 @@ def _sections(report: Report) -> dict[str, list[str]]:
         "threads": [f"torch {threads.torch} (inter-op {threads.interop}); {_settings(settings)}"],
         "allocator": [f"{malloc.name}; {_settings(arenas)}"],
         "auto": list(report.auto.reasons),
+        "kernels": [f"{part.replace('_', ' ')}: {kernel}" for part, kernel in report.kernels.items()],
     }
 
 

@@ -106,6 +106,8 @@ def _start_jobs(session: Session, data: Mapping[str, JobData], checkpoint: Check
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
+    for note in base.kernel_notes:
+        observer.note(f"kernels: {note}")
 
 
 def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, config: RunConfig, observer: Observer) -> Base:

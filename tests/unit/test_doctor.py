@@ -21,7 +21,8 @@ versions.huggingface_hub versions.gguf versions.pydantic extras.name extras.inst
 processor.model processor.features processor.capability processor.cores processor.usable gpus memory.total memory.available
 memory.limit memory.limit_free folders.name folders.path folders.used folders.free threads.torch threads.interop
 threads.omp_num_threads threads.mkl_num_threads allocator.name allocator.ld_preload allocator.malloc_arena_max auto.device
-auto.weights auto.reasons formats.device formats.name formats.runs formats.gflops formats.size formats.error formats.reason
+auto.weights auto.reasons kernels.norms kernels.gated_layers kernels.head kernels.attention kernels.adapters formats.device
+formats.name formats.runs formats.gflops formats.size formats.error formats.reason
 """
 """What scripts may read. Adding is free; anything else breaks them."""
 

@@ -53,6 +53,8 @@ class LiveTrainer:
             data = tokenize_job(config, text, trainer.base.tokenizer, lambda items, _: items, self.notes.append)
             self.notes += [f"data ({config.name}): {remark}" for remark in data.remarks]
         started = start_job(trainer.base, config, data, plan)
+        kernels = (f"kernels: {note}" for note in trainer.base.kernel_notes)
+        self.notes += [note for note in kernels if note not in self.notes]
         if data.train and (remark := length_remark(trainer.base, config, data)):
             self.notes.append(f"data ({config.name}): {remark}")
         try:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from snugtune.model.kernels import Setting, takes_flash
 from snugtune.types import MIN_ROWS
 
 NAME = "snugtune_varlen"
@@ -86,8 +87,10 @@ def watching(windows: set[int | None]) -> Callable[..., tuple[Tensor, None]]:
 
 
 def _has_flash(query: Tensor) -> bool:
-    """Whether torch's variable-length flash attention runs on these: Ampere or newer, 16 bit."""
-    return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    """Whether torch's variable-length flash attention runs on these."""
+    if not query.is_cuda:
+        return False
+    return takes_flash(Setting(query.device.type, query.dtype, torch.cuda.get_device_capability(query.device)))
 
 
 @dataclass(frozen=True)

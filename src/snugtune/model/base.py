@@ -15,10 +15,11 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
-from snugtune.model import attention, proofs
+from snugtune.model import attention, gated, grouped, liger, norms, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears, take_products
 from snugtune.model.gated import lean_mlps
 from snugtune.model.head import Head, Logits
+from snugtune.model.kernels import UNMEASURED, Setting, choose, setting_of
 from snugtune.model.load import load_config, load_frozen, load_model, load_tokenizer, products_of, stored_width
 from snugtune.model.norms import lean_norms
 from snugtune.model.quantize import ROUTER_NAME, sample
@@ -46,7 +47,7 @@ class Base:
 
     `packable` says whether several sequences may share a row (decided by rule and proved at construction); `apart` why
     several jobs cannot share a forward, if so; `moe` whether experts see neighbours' rows; `notes` what the user should be
-    told; `fingerprint` identifies the weights.
+    told, `kernel_notes` too, once it is frozen; `fingerprint` identifies the weights.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Base:
         self.conv1d_names = frozenset(n for n, m in linears.items() if isinstance(m, Conv1D) or getattr(m, "transposed", False))
         self.moe = proofs.experts_of(model.config) is not None
         self.notes = notes
+        self.kernel_notes: tuple[str, ...] = ()
+        self.groups = False  # adapters take grouped products
         self._prove()
         if self.packable:
             model.set_attn_implementation(attention.NAME)
@@ -119,17 +122,37 @@ class Base:
     def vocab_size(self) -> int:
         return proofs.vocab_size_of(self.model)
 
-    def freeze(self) -> None:
-        """Make every linear a `FrozenLinear`, let functions route, and let no base weight train. Idempotent."""
+    def freeze(self, setting: Setting | None = None) -> None:
+        """Make every linear a `FrozenLinear`, let functions route, and let no base weight train. Idempotent.
+
+        `setting`: what the choice of kernels goes by, if not this machine.
+        """
         if not self.frozen:
             freeze_linears(self.model)
+            if self.head.project is not None:
+                self.head.project = self.model.get_output_embeddings()
             lean_mlps(self.model, self.device)
             lean_norms(self.model, self.dtype)
+            self._take_kernels(setting_of(self.device, self.dtype) if setting is None else setting)
             if self.apart is None:
                 route_functions(self.model, self.router)
             self.frozen = True
-            if self.head.project is not None:
-                self.head.project = self.model.get_output_embeddings()
+
+    def _take_kernels(self, setting: Setting) -> None:
+        """Those that this device is to have, where they agree with our own here; without jobs that share, no grouped ones."""
+        chosen = choose(setting)
+        tried = dict[str, bool]()
+        if chosen.norms == "liger":
+            tried["Liger's norms"] = norms.take_kernel(self.model, liger.rms_norm, self.dtype)
+        if chosen.gated_layers == "liger":
+            tried["Liger's gated layers"] = gated.take_kernels(self.model, liger.PRODUCTS, self.dtype, self.device)
+        if chosen.adapters == "grouped" and self.apart is None:
+            shapes = {FrozenLinear.shape_of(self.model.get_submodule(name)) for name in self._shared()}
+            self.groups = grouped.groups_are_independent(self.device, self.dtype, shapes)
+            tried["torch's grouped products"] = self.groups
+        for name, taken in tried.items():
+            what = f"in use, {UNMEASURED}" if taken else "not in use: they do not give here what our own do, to rounding"
+            self.kernel_notes += (f"{name}: {what}",)
 
     def site(self, name: str) -> RoutedLinear:
         """The routed layer at linear `name`; becomes one on first use. The base must be frozen."""
@@ -137,6 +160,8 @@ class Base:
             linear = self.model.get_submodule(name)
             assert isinstance(linear, FrozenLinear), "freeze() the base before asking for sites"
             site = RoutedLinear(linear, self.router, name)
+            if self.groups and grouped.takes(linear.shape, self.dtype):
+                site.adapted = grouped.GroupedLora
             site.train(linear.training)
             parent, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, site)
@@ -198,9 +223,12 @@ class Base:
 
     def rows_are_independent(self, most: int) -> bool:
         """Whether rows of a forward keep their bits among others, up to `most` at once. Each job's head has its own rows."""
+        return proofs.rows_are_independent(self.model, self._shared(), most)
+
+    def _shared(self) -> Iterator[str]:
+        """The linears that several jobs' rows go through at once: not the head."""
         projections = (self.head.project, getattr(self.head.project, "frozen", None))
-        shared = (name for name in self.linear_names if self.model.get_submodule(name) not in projections)
-        return proofs.rows_are_independent(self.model, shared, most)
+        return (name for name in self.linear_names if self.model.get_submodule(name) not in projections)
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[None]:

@@ -5,10 +5,13 @@ more: four tensors of the inner width. Here it keeps `gate` and `up`, and makes 
 has the layer; what it costs to make it again is a few passes over memory).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from snugtune.model.frozen import FrozenLinear
+from snugtune.model.liger import Product, agrees
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _ROWS = 32
@@ -16,19 +19,25 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class GatedMLP(nn.Module):
-    """In the place of a model's own module, with its children under their names."""
+    """In the place of a model's own module, with its children under their names.
+
+    `kernel`: what computes the product instead of torch's operators; see `take_kernels`.
+    """
 
     def __init__(self, own: nn.Module, activation: str):
         super().__init__()
         for name in (*_LINEARS, activation):
             self.add_module(name, own.get_submodule(name))
         self.activation = activation
+        self.kernel: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (getattr(self, name) for name in _LINEARS)
         return down(gate(x), up(x), function=self._product)
 
     def _product(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(gate, up)
         return getattr(self, self.activation)(gate) * up
 
 
@@ -72,3 +81,35 @@ def _same(own: nn.Module, lean: GatedMLP, device: torch.device) -> bool:
     x = torch.randn(1, _ROWS, gate.in_features, generator=torch.Generator().manual_seed(0)) * sizes
     theirs, ours = (module(x.to(device, gate.dtype)) for module in (own, lean))
     return theirs.dtype == ours.dtype and bool(((theirs == ours) | (theirs.isnan() & ours.isnan())).all())
+
+
+def take_kernels(model: nn.Module, kernels: Mapping[str, Product], dtype: torch.dtype, device: torch.device) -> bool:
+    """Let `kernels`, by the names of the classes of activations, compute the products of every `GatedMLP` of `model`.
+
+    If they are there and agree with all of them, else none. Whether they do.
+    """
+    lean = [module for module in model.modules() if isinstance(module, GatedMLP)]
+    kinds = {(_kind(mlp.get_submodule(mlp.activation)), _width(mlp)): mlp for mlp in lean}
+    if not all(_agrees(mlp, kernels.get(_name(mlp)), dtype, device) for mlp in kinds.values()):
+        return False
+    for mlp in lean:
+        mlp.kernel = kernels[_name(mlp)]
+    return bool(lean)
+
+
+def _name(mlp: GatedMLP) -> str:
+    return type(mlp.get_submodule(mlp.activation)).__name__
+
+
+def _width(mlp: GatedMLP) -> int:
+    gate = mlp.get_submodule(_LINEARS[0])
+    assert isinstance(gate, FrozenLinear)
+    return gate.out_features
+
+
+def _agrees(mlp: GatedMLP, kernel: Product | None, dtype: torch.dtype, device: torch.device) -> bool:
+    if kernel is None:
+        return False
+    generator, sizes = torch.Generator().manual_seed(0), torch.logspace(-2, 1, _ROWS)[:, None]
+    gate, up = (torch.randn(_ROWS, _width(mlp), generator=generator) * sizes for _ in range(2))
+    return agrees(kernel, mlp._product, [gate.to(device, dtype), up.to(device, dtype)])

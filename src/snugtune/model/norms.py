@@ -11,19 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from snugtune.model.liger import Norm, agrees
+
 _EPSILONS = ("variance_epsilon", "eps")
 _ROWS = 16
 
 
 class LeanNorm(nn.Module):
-    """In the place of a model's own norm, with its weight. `plus_one`: the weight is around zero (Gemma)."""
+    """In the place of a model's own norm, with its weight. `plus_one`: the weight is around zero (Gemma).
+
+    `kernel`: what computes it instead of torch's operators; see `take_kernel`.
+    """
 
     def __init__(self, own: nn.Module, eps: float, plus_one: bool):
         super().__init__()
         self.weight = own.get_parameter("weight")
         self.eps, self.plus_one = eps, plus_one
+        self.kernel: Norm | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, self.weight, self.eps, self.plus_one)
         return _RmsNorm.apply(x, self.weight, self.eps, self.plus_one)  # pyright: ignore[reportReturnType]
 
 
@@ -76,9 +84,28 @@ def _lean(own: nn.Module, dtype: torch.dtype) -> LeanNorm | None:
 
 @torch.no_grad()
 def _same(own: nn.Module, lean: LeanNorm, dtype: torch.dtype) -> bool:
-    """Tried on states of very different sizes, down to where eps counts."""
-    sizes = torch.logspace(-4, 2, _ROWS)[:, None]
-    x = torch.randn(_ROWS, len(lean.weight), generator=torch.Generator().manual_seed(0)) * sizes
-    x = x.to(lean.weight.device, dtype)[None]
+    x = _trial_states(len(lean.weight)).to(lean.weight.device, dtype)[None]
     theirs, ours = own(x), lean(x)
     return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+
+
+def _trial_states(width: int) -> Tensor:
+    """[n, width] of very different sizes, down to where eps counts."""
+    sizes = torch.logspace(-4, 2, _ROWS)[:, None]
+    return torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(0)) * sizes
+
+
+def take_kernel(model: nn.Module, kernel: Norm, dtype: torch.dtype) -> bool:
+    """Let `kernel` compute every `LeanNorm` of `model` if it agrees with all of them, else none. Whether it does."""
+    lean = [module for module in model.modules() if isinstance(module, LeanNorm)]
+    kinds = {(len(norm.weight), norm.weight.dtype, norm.eps, norm.plus_one): norm for norm in lean}
+    if not all(_agrees(norm, kernel, dtype) for norm in kinds.values()):
+        return False
+    for norm in lean:
+        norm.kernel = kernel
+    return bool(lean)
+
+
+def _agrees(norm: LeanNorm, kernel: Norm, dtype: torch.dtype) -> bool:
+    x = _trial_states(len(norm.weight)).to(norm.weight.device, dtype)
+    return agrees(lambda x: kernel(x, norm.weight, norm.eps, norm.plus_one), norm, [x])

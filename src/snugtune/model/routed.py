@@ -90,6 +90,7 @@ class RoutedLinear(nn.Module):
         self.router = router
         self.name = name
         self.slots: dict[str, Slot] = {}
+        self.adapted: type[torch.autograd.Function] = _Lora  # or what takes the same, see `grouped.py`
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
 
     @property
@@ -112,7 +113,7 @@ class RoutedLinear(nn.Module):
         masks = [_Mask(slot.dropout, segment.seed, self.name) if self.training else None for segment, slot in active]
         factors = [f for _, slot in active for f in (slot.a, slot.b)]
         rows = [x.flatten(0, -2) for x in inputs]
-        y = _Lora.apply(self.frozen, active, masks, function, len(rows), *rows, *factors)
+        y = self.adapted.apply(self.frozen, active, masks, function, len(rows), *rows, *factors)
         assert isinstance(y, Tensor)
         return y.view(*inputs[0].shape[:-1], self.out_features)
 
