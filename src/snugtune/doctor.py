@@ -237,7 +237,7 @@ def _allocator(found: machine.Allocator) -> list[str]:
     """Which malloc, and what is kept of compiled products."""
     settings = {"LD_PRELOAD": found.ld_preload, "MALLOC_ARENA_MAX": found.malloc_arena_max}
     arenas = "" if found.arenas is None else f", at most {found.arenas} arenas"
-    caches = dict(zip(machine.KERNEL_CACHES, found.kernels, strict=True))
+    caches: dict[str, str | None] = dict(zip(machine.KERNEL_CACHES, found.kernels, strict=True))
     return [
         f"{found.name}{arenas}; {_settings(settings)}",
         f"a run keeps {machine.KERNELS} compiled products for each job in a forward, unless set; {_settings(caches)}",

@@ -183,8 +183,8 @@ def _size(path: Path) -> int:
 
 
 def threads(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Threads:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return Threads(torch.get_num_threads(), torch.get_num_interop_threads(), *(environ.get(n) for n in names), cpu_quota(root))
+    omp, mkl = environ.get("OMP_NUM_THREADS"), environ.get("MKL_NUM_THREADS")
+    return Threads(torch.get_num_threads(), torch.get_num_interop_threads(), omp, mkl, cpu_quota(root))
 
 
 def allocator(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Allocator:
