@@ -206,10 +206,8 @@ def _facts(report: Report) -> Table:
 
 def _sections(report: Report) -> dict[str, list[str]]:
     """Heading -> lines, for people."""
-    cpu, ram, threads, malloc = report.processor, report.memory, report.threads, report.allocator
+    cpu, ram = report.processor, report.memory
     limit = [] if ram.limit is None else [f"{gib(ram.limit)} limit of the container, {gib(ram.limit_free or 0)} of it free"]
-    settings = {"OMP_NUM_THREADS": threads.omp_num_threads, "MKL_NUM_THREADS": threads.mkl_num_threads}
-    arenas = {"LD_PRELOAD": malloc.ld_preload, "MALLOC_ARENA_MAX": malloc.malloc_arena_max}
     return {
         "versions": [", ".join(f"{name} {version or '(missing)'}" for name, version in report.versions.items())],
         "extras": [
@@ -225,11 +223,35 @@ def _sections(report: Report) -> dict[str, list[str]]:
         or ["no CUDA device"],
         "memory": [f"{gib(ram.available)} of {gib(ram.total)} free", *limit],
         "folders": [_folder(f) for f in report.folders],
-        "threads": [f"torch {threads.torch} (inter-op {threads.interop}); {_settings(settings)}"],
-        "allocator": [f"{malloc.name}; {_settings(arenas)}"],
+        "threads": _threads(report.threads, cpu),
+        "allocator": _allocator(report.allocator),
         "auto": list(report.auto.reasons),
         "kernels": [f"{part.replace('_', ' ')}: {kernel}" for part, kernel in report.kernels.items()],
     }
+
+
+def _threads(found: machine.Threads, cpu: machine.Processor) -> list[str]:
+    """What a run computes on, and a container that allows less."""
+    settings = {"OMP_NUM_THREADS": found.omp_num_threads, "MKL_NUM_THREADS": found.mkl_num_threads}
+    lines = [
+        f"a run computes on {found.torch} of {cpu.usable} usable cores (inter-op {found.interop})",
+        _settings(settings),
+    ]
+    if found.cpu_quota is not None and found.cpu_quota < found.torch:
+        advice = f"OMP_NUM_THREADS={max(1, int(found.cpu_quota))} would keep threads from waiting for one another"
+        lines.append(f"the container allows {found.cpu_quota:g} cores' worth of time: {advice}")
+    return lines
+
+
+def _allocator(found: machine.Allocator) -> list[str]:
+    """Which malloc, and what is kept of compiled products."""
+    settings = {"LD_PRELOAD": found.ld_preload, "MALLOC_ARENA_MAX": found.malloc_arena_max}
+    arenas = "" if found.arenas is None else f", at most {found.arenas} arenas"
+    caches: dict[str, str | None] = dict(zip(machine.KERNEL_CACHES, found.kernels, strict=True))
+    return [
+        f"{found.name}{arenas}; {_settings(settings)}",
+        f"a run keeps {machine.KERNELS} compiled products for each job in a forward, unless set; {_settings(caches)}",
+    ]
 
 
 def _folder(found: machine.Folder) -> str:

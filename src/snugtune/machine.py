@@ -1,4 +1,6 @@
-"""Facts about this machine and this process: processor, memory, disks, threads, allocator, devices. Nothing here computes.
+"""Facts about this machine and this process: processor, memory, disks, threads, allocator, devices, and the settings of the last.
+
+Nothing here computes.
 
 Each function takes the place it reads from, so that other machines can be shown to it. Sizes are in bytes.
 """
@@ -7,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,11 @@ FEATURES = (
 )
 """What decides how fast matrix products are, in the kernel's names: x86-64, then ARM."""
 ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""What bounds the compiled products that are kept: by oneDNN, and by torch's bridge to it (ideep). 1024 each, if not set."""
+KERNELS = 96
+"""Compiled products to keep for a job in a forward: SmolLM2 under LoRA uses 27, twice as many kinds of linears twice that."""
+_KERNELS_BY_DEFAULT = 1024
 _UNLIMITED = 2**60
 """cgroup v1 says "no limit" with a number near 2^63."""
 
@@ -73,15 +80,18 @@ class Threads:
     interop: int
     omp_num_threads: str | None
     mkl_num_threads: str | None
+    cpu_quota: float | None  # cores' worth of time that the container allows; None: all
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """Which malloc this process has, and its settings."""
+    """Which malloc this process has, and its settings. `arenas`: glibc's, at most."""
 
     name: str
     ld_preload: str | None
     malloc_arena_max: str | None
+    arenas: int | None
+    kernels: tuple[str | None, ...]  # the values of `KERNEL_CACHES`
 
 
 def processor(root: Path = ROOT) -> Processor:
@@ -112,22 +122,35 @@ def memory(root: Path = ROOT) -> Memory:
 
 
 def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, used) of every memory cgroup around this process, v2 and v1. Inside a container its own stands at the top."""
-    lines = (_read(root / "proc/self/cgroup") or "").splitlines()
-    for line in lines:
+    """(limit, used) of every memory cgroup around this process, v2 and v1."""
+    for version, folder in _cgroup_folders(root, "memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read(folder / name) for name in names)
+        if limit and used and limit.strip().isdigit():
+            yield int(limit), int(used)
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores' worth of time that the tightest cgroup around this process allows, v2 and v1; None where none does."""
+    found = []
+    for version, folder in _cgroup_folders(root, "cpu"):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        fields = " ".join(_read(folder / name) or "" for name in names).split()
+        if len(fields) == 2 and all(field.isdigit() for field in fields):  # else "max", or -1
+            found.append(int(fields[0]) / int(fields[1]))
+    return min(found, default=None)
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """(1 or 2, folder) of every cgroup around this process with `controller`. Inside a container its own stands at the top."""
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
-        mount, names = (
-            (root / "sys/fs/cgroup", ("memory.max", "memory.current"))
-            if controllers == ""
-            else (root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-        )
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         inner = mount / path.strip("/")
         for folder in (inner, *inner.parents):
-            limit, used = (_read(folder / name) for name in names)
-            if limit and used and limit.strip().isdigit():
-                yield int(limit), int(used)
+            yield (1 if controllers else 2), folder
             if folder == mount:
                 break
 
@@ -159,18 +182,32 @@ def _size(path: Path) -> int:
     return total
 
 
-def threads(environ: Mapping[str, str] = os.environ) -> Threads:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return Threads(torch.get_num_threads(), torch.get_num_interop_threads(), *(environ.get(n) for n in names))
+def threads(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Threads:
+    omp, mkl = environ.get("OMP_NUM_THREADS"), environ.get("MKL_NUM_THREADS")
+    return Threads(torch.get_num_threads(), torch.get_num_interop_threads(), omp, mkl, cpu_quota(root))
 
 
 def allocator(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Allocator:
     """What is mapped into the process counts; LD_PRELOAD where that cannot be seen."""
-    preload = environ.get("LD_PRELOAD")
+    preload, most = environ.get("LD_PRELOAD"), environ.get("MALLOC_ARENA_MAX")
     loaded = f"{_read(root / 'proc/self/maps') or ''} {preload or ''}"
     own = platform.libc_ver()[0] or sys.platform
     name = next((a for a in ALLOCATORS if f"lib{a}" in loaded), own)
-    return Allocator(name, preload, environ.get("MALLOC_ARENA_MAX"))
+    arenas = None
+    if name == "glibc":
+        arenas = int(most) if most and most.isdigit() and int(most) else 8 * (os.cpu_count() or 1)  # mallopt(3), M_ARENA_MAX
+    return Allocator(name, preload, most, arenas, tuple(environ.get(cache) for cache in KERNEL_CACHES))
+
+
+def keep_few_kernels(jobs: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Bound the compiled products that are kept, for a run whose forwards hold so many jobs. What is set already stays.
+
+    oneDNN compiles one for each shape, of a quarter to half a MiB, in half a millisecond; and most forwards have a number of rows
+    that never comes again. By themselves its caches grow to 1024 each, half a GiB. Both are sized at the first product of a
+    process: after that this does nothing.
+    """
+    for cache in KERNEL_CACHES:
+        environ.setdefault(cache, str(min(KERNELS * jobs, _KERNELS_BY_DEFAULT)))
 
 
 def _fields(path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from snugtune.errors import InputError
 from snugtune.files import user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
+from snugtune.machine import keep_few_kernels
 from snugtune.memory.budget import Watch, free_memory, give_back_large_blocks
 from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
 from snugtune.methods import METHODS
@@ -44,6 +45,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         else _planned_before(checkpoint)
     )
     torch.set_num_threads(planned.plan.threads)
+    keep_few_kernels(len(texts) if planned.plan.fused_tokens else 1)  # before the first product
     if planned.plan.offload == "weights" and give_back_large_blocks():
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device)

@@ -20,9 +20,10 @@ versions.snugtune versions.python versions.torch versions.transformers versions.
 versions.huggingface_hub versions.gguf versions.pydantic extras.name extras.installed extras.missing extras.install platform
 processor.model processor.features processor.capability processor.cores processor.usable gpus memory.total memory.available
 memory.limit memory.limit_free folders.name folders.path folders.used folders.free threads.torch threads.interop
-threads.omp_num_threads threads.mkl_num_threads allocator.name allocator.ld_preload allocator.malloc_arena_max auto.device
-auto.weights auto.reasons kernels.norms kernels.gated_layers kernels.head kernels.attention kernels.adapters formats.device
-formats.name formats.runs formats.gflops formats.size formats.error formats.reason
+ threads.omp_num_threads threads.mkl_num_threads threads.cpu_quota allocator.name allocator.ld_preload
+ allocator.malloc_arena_max allocator.arenas allocator.kernels auto.device auto.weights auto.reasons kernels.norms
+ kernels.gated_layers kernels.head kernels.attention kernels.adapters formats.device formats.name formats.runs formats.gflops
+ formats.size formats.error formats.reason
 """
 """What scripts may read. Adding is free; anything else breaks them."""
 
@@ -222,9 +223,10 @@ def test_folder_counts_what_it_holds(tmp_path: Path) -> None:
 def test_allocator(tmp_path: Path) -> None:
     glibc = machine.allocator({}, written(tmp_path, {"proc/self/maps": "7f00 r-xp /usr/lib/libc.so.6\n"}))
     assert (glibc.ld_preload, glibc.malloc_arena_max) == (None, None)
-    assert glibc.name not in machine.ALLOCATORS
+    assert glibc.name not in machine.ALLOCATORS and (glibc.arenas or 8) >= 8
     preloaded = machine.allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2", "MALLOC_ARENA_MAX": "2"}, tmp_path / "none")
-    assert (preloaded.name, preloaded.malloc_arena_max) == ("jemalloc", "2")
+    assert (preloaded.name, preloaded.malloc_arena_max, preloaded.arenas) == ("jemalloc", "2", None)
+    assert machine.allocator({"MALLOC_ARENA_MAX": "2"}, tmp_path / "none").arenas in (2, None)  # None: not glibc
     mapped = machine.allocator({}, written(tmp_path, {"proc/self/maps": "7f00 r-xp /usr/lib/libtcmalloc_minimal.so.4\n"}))
     assert mapped.name == "tcmalloc"
 
@@ -233,6 +235,63 @@ def test_threads_follow_the_environment() -> None:
     found = machine.threads({"OMP_NUM_THREADS": "3"})
     assert found.torch == torch.get_num_threads()
     assert (found.omp_num_threads, found.mkl_num_threads) == ("3", None)
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+            },
+            1.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/\n3:cpuset:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
+    ],
+    ids=["none", "v2-max", "v2", "v2-tightest", "v1", "v1-unlimited"],
+)
+def test_threads_know_containers(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    root = written(tmp_path, files)
+    assert machine.cpu_quota(root) == machine.threads({}, root).cpu_quota == quota
+
+
+def test_a_container_that_allows_less_than_is_computed_on() -> None:
+    cpu = machine.Processor("", (), "", 8, 4)
+    assert len(doctor._threads(machine.Threads(4, 2, None, None, 4.0), cpu)) == 2
+    line = doctor._threads(machine.Threads(4, 2, None, None, 2.5), cpu)[-1]
+    assert "2.5 cores" in line and "OMP_NUM_THREADS=2" in line
+    assert "OMP_NUM_THREADS=1 " in doctor._threads(machine.Threads(4, 2, None, None, 0.5), cpu)[-1]
+
+
+def test_what_a_run_keeps_of_compiled_products(tmp_path: Path) -> None:
+    """For each job in a forward; the user's own setting stays."""
+    found: dict[str, str] = {"LRU_CACHE_CAPACITY": "7"}
+    machine.keep_few_kernels(2, found)
+    assert found == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(2 * machine.KERNELS)}
+    assert machine.allocator(found, tmp_path).kernels == (str(2 * machine.KERNELS), "7")
+    many: dict[str, str] = {}
+    machine.keep_few_kernels(1000, many)
+    assert set(many.values()) == {"1024"}
 
 
 def test_extras_tell_what_is_missing() -> None:
