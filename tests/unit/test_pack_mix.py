@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snugtune.data.mix import epoch_order, split, step_indices, total_steps
-from snugtune.data.pack import best_fit, collate, cut_step, derive_seed, make_chunk
+from snugtune.data.pack import best_fit, collate, cut_step, derive_seed, even_fit, make_chunk
 from snugtune.types import Chunk, Example
 
 MANY = settings(deadline=None, derandomize=True, max_examples=150)
@@ -44,6 +44,25 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int], capacity: int):
         fullest = max((used[g] for g in used if used[g] + lengths[i] <= capacity), default=None)
         assert used.get(home[i]) == fullest
         used[home[i]] += lengths[i]
+
+
+@MANY
+@given(lengths_lists, capacities)
+def test_even_fit_has_as_few_groups_and_none_larger(lengths: list[int], capacity: int):
+    """Nothing lost, no more groups, and the largest no larger; sequences beyond the capacity stay alone."""
+    tight, even = best_fit(lengths, capacity), even_fit(lengths, capacity)
+    assert sorted(i for group in even for i in group) == list(range(len(lengths))) and len(even) <= len(tight)
+    sizes = lambda groups: [sum(lengths[i] for i in g) for g in groups]  # noqa: E731
+    largest = max((size for size in sizes(even) if size <= capacity), default=0)
+    assert all(len(group) == 1 for group, size in zip(even, sizes(even), strict=True) if size > capacity)
+    assert largest <= max((size for size in sizes(tight) if size <= capacity), default=0)
+
+
+def test_even_fit_shares_a_step_out():
+    assert best_fit([4, 4, 4, 4, 4], 16) == [[0, 1, 2, 3], [4]]
+    assert even_fit([4, 4, 4, 4, 4], 16) == [[0, 1, 2], [3, 4]]
+    assert even_fit([30, 4, 4, 4, 4, 4], 16) == [[0], [1, 2, 3], [4, 5]]
+    assert even_fit([5], 16) == [[0]] and even_fit([], 16) == [] and even_fit([3, 1, 2], 0) == [[0], [2], [1]]
 
 
 def fewest_groups(lengths: list[int], capacity: int) -> int:

@@ -34,9 +34,18 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def even_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """As few groups as `best_fit` makes, within the least capacity for which it makes so few: a step peaks at its largest."""
+    bins = best_fit(lengths, capacity)
+    fitting = [length for length in lengths if length <= capacity] or [0]
+    sizes = range(max(*fitting, sum(fitting) // max(1, len(bins)), 0), capacity)
+    least = bisect_left(sizes, True, key=lambda size: len(best_fit(lengths, size)) <= len(bins))
+    return best_fit(lengths, sizes[least]) if least < len(sizes) else bins
+
+
 def cut_step(examples: Sequence[Example], capacity: int, job: str, step: int, job_seed: int) -> list[Chunk]:
-    """One optimizer step's examples as chunks of at most `capacity` tokens. `capacity` 0: one sequence a chunk."""
-    bins = best_fit([len(e.tokens) for e in examples], capacity)
+    """One optimizer step's examples as chunks of at most `capacity` tokens, about equal ones. 0: one sequence a chunk."""
+    bins = even_fit([len(e.tokens) for e in examples], capacity)
     return [make_chunk([examples[i] for i in group], job, step, index, job_seed) for index, group in enumerate(bins)]
 
 

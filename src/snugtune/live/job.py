@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snugtune.data.pack import best_fit, make_chunk
+from snugtune.data.pack import even_fit, make_chunk
 from snugtune.data.render import Renderer
 from snugtune.errors import DivergedError, InputError, JobFailedError
 from snugtune.files import user_path
@@ -244,7 +244,7 @@ class LiveJob:
     def _cut(self, trainer: Trainer, job: Job, examples: Sequence[Example]) -> tuple[list[list[int]], list[Chunk]]:
         """The chunks of these examples, cut as those of a step, and which examples each holds."""
         check_examples(trainer.base, job.config, listed(examples, "examples"))
-        groups = best_fit([len(e.tokens) for e in examples], job.capacity)
+        groups = even_fit([len(e.tokens) for e in examples], job.capacity)
         first, seed = 0 if self._pending is None else self._pending.chunks, job.config.seed
         numbered = enumerate(groups, first)
         return groups, [make_chunk([examples[i] for i in group], job.name, job.step, at, seed) for at, group in numbered]
