@@ -184,7 +184,8 @@ def test_the_best_state_is_kept(tmp_path: Path, model_folder: Path) -> None:
 def test_a_loss_that_rises_stops_the_job(tmp_path: Path, model_folder: Path) -> None:
     """And where it goes back to its best state, the last samples are of that: they are what the result answers."""
     options = {"early_stopping": {"patience": 3}, "keep_best": True, "samples": {"prompts": ["What is 3?"], "max_new_tokens": 12}}
-    config = fields(tmp_path, model_folder, optimizer={"lr": 0.5}, eval_every=1, steps=30, **options)
+    fp32 = {"weights": "fp32"}  # in bf16 what this untrained model answers next is often a tie
+    config = fields(tmp_path, model_folder, optimizer={"lr": 0.5}, eval_every=1, steps=30, plan=fp32, **options)
     seen = Stopper()
     train(to_config(config), seen)
     entries = lines(tmp_path / "run" / "metrics.jsonl")
@@ -195,7 +196,8 @@ def test_a_loss_that_rises_stops_the_job(tmp_path: Path, model_folder: Path) -> 
     assert train(to_config(config)).already_finished
     samples = lines(tmp_path / "run" / "samples.jsonl")
     assert [e["step"] for e in samples] == [0, entries[-1]["step"]]
-    assert snugtune.load(tmp_path / "run").reply("What is 3?", max_new_tokens=12) == samples[-1]["answer"]
+    tuned = snugtune.load(tmp_path / "run", weights="fp32")
+    assert tuned.reply("What is 3?", max_new_tokens=12) == samples[-1]["answer"]
     assert not list((tmp_path / "run" / "checkpoints").glob("best-*")), "the best state is the result now"
 
 
