@@ -18,6 +18,7 @@ class Row:
 
 
 _PINNED = {"micro_batch": 1, "recompute": "none"}
+_LEAST = {"recompute": "blocks", "offload": "weights", "weights": "nf4", "double_quant": True, "optimizer_state": "8bit"}
 _TRL_TUNED = {"gradient_checkpointing": False, "bf16": True, "dtype": "bfloat16"}
 _LF = {"bf16": True}
 _LF_FAST = _LF | {"disable_gradient_checkpointing": True}
@@ -28,6 +29,7 @@ ROWS = (
     Row("snugtune", "snugtune", "snugtune, as it comes"),
     Row("snugtune-one", "snugtune", "snugtune, micro-batch 1, no recompute", _PINNED),
     Row("snugtune-lean", "snugtune", "snugtune, micro-batch 1, recompute", _PINNED | {"recompute": "blocks"}),
+    Row("snugtune-least", "snugtune", "snugtune, in the least memory", _PINNED | _LEAST),
     Row("trl", "trl", "TRL, as it comes"),
     Row("trl-padded", "trl", "TRL, bf16, no checkpointing", _TRL_TUNED),
     Row("trl-one", "trl", "TRL, bf16, no checkpointing, micro-batch 1", _TRL_TUNED, micro=1),

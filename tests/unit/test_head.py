@@ -190,7 +190,7 @@ def test_no_rows_is_no_loss(road: Any) -> None:
 
 
 def test_rows_at_once_bounds_the_logits() -> None:
-    """No tensor of more than rows_at_once x V is ever made by either road, forward or backward."""
+    """No tensor of more than rows_at_once x V is ever made by either road, forward or backward; ours are about equal."""
     case, limit = _case(n=50), 20
     head = _frozen_head(case, 1.0, 4.0, rows=limit)
     weight = case.weight.untyped_storage().data_ptr()
@@ -204,11 +204,11 @@ def test_rows_at_once_bounds_the_logits() -> None:
                 Widest.rows = max(Widest.rows, out.shape[0])
             return out
 
-    for road in (Head.nll, _by_logprobs):
+    for road, widest in ((Head.nll, 17), (_by_logprobs, limit)):
         Widest.rows = 0
         with Widest():
             road(head, case.h.clone().requires_grad_(), case.targets, case.weights).backward()
-        assert Widest.rows == limit
+        assert Widest.rows == widest
 
 
 @SHAPES

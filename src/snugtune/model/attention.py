@@ -7,6 +7,7 @@ model's keyword arguments.
 Shapes: H query heads, K key/value heads, G = H / K, T tokens of the row, L tokens of a sequence, d head width.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,9 +113,15 @@ class _How:
         """
         whole = self.window is not None and keys.stop - keys.start > self.window
         first = keys.start if whole else rows.start
-        hidden = torch.ones(rows.stop - rows.start, keys.stop - first, dtype=torch.bool, device=device)
-        ahead = hidden.triu(rows.start - first + 1)
-        return ahead | hidden.tril(rows.start - first - self.window) if whole and self.window is not None else ahead
+        return _hidden(rows.stop - rows.start, keys.stop - first, self.window if whole else None, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _hidden(rows: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Of the last `rows` queries and `keys` keys of a sequence. Nearly all blocks have one of few sizes."""
+    hidden = torch.ones(rows, keys, dtype=torch.bool, device=device)
+    ahead = hidden.triu(keys - rows + 1)
+    return ahead if window is None else ahead | hidden.tril(keys - rows - window)
 
 
 def _rows(how: _How, q: Tensor) -> int:
@@ -182,14 +189,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (q, k, v, sinks), how = ctx.saved_tensors, ctx.how
         several = q.shape[1] > _rows(how, q)
-        wide = torch.promote_types(q.dtype, torch.float32) if several else q.dtype  # what is summed over blocks
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        wide = torch.promote_types(q.dtype, torch.float32)  # what is summed over blocks
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(t, dtype=wide) if several else torch.empty(0) for t in (k, v))
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         for rows, keys in _blocks(how, q):
             part, dout = _grouped(q[:, rows] * how.scale, len(k)), _grouped(grads[0][:, rows], len(k))
             probs, slope = _probs(part, k[:, keys], sinks, how, how.hidden(rows, keys, q.device))
             count = keys.stop - keys.start
-            dv[:, keys] += probs[..., :count].transpose(1, 2) @ dout
+            dv = _summed(dv, keys, probs[..., :count].transpose(1, 2) @ dout, several)
             dprobs = dout @ v[:, keys].transpose(1, 2)
             if sinks is not None:
                 dprobs = F.pad(dprobs, (0, 1))
@@ -200,9 +208,16 @@ class _Attention(torch.autograd.Function):
             if slope is not None:
                 dscores = dscores * slope
             dq[:, rows] = (dscores @ k[:, keys]).mul_(how.scale).view(len(q), -1, q.shape[-1])
-            dk[:, keys] += dscores.transpose(1, 2) @ part
+            dk = _summed(dk, keys, dscores.transpose(1, 2) @ part, several)
             del probs, dprobs, dscores  # before the next block's
         return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks if sinks is None or dsinks is None else dsinks.to(sinks.dtype), None
+
+
+def _summed(whole: Tensor, keys: slice, part: Tensor, several: bool) -> Tensor:
+    """`whole` with the part of one block; the part itself, where there is but one block."""
+    if several:
+        whole[:, keys] += part
+    return whole if several else part
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int | None, scale: float, window: int | None) -> Tensor:

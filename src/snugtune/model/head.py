@@ -135,8 +135,10 @@ class _FrozenNll(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(h), head.rows_at_once):
-            part = slice(start, start + head.rows_at_once)
+        pieces = -(-len(h) // head.rows_at_once)
+        rows = -(-len(h) // max(1, pieces))  # about equal: a few rows take nearly as long as many
+        for start in range(0, len(h), max(1, rows)):
+            part = slice(start, start + rows)
             raw = layer.matmul(_at_least_min(h[part]))
             for few in _few(raw):
                 total += _nll(raw[few], targets[part][few], weights[part][few], head.shape, smoothing, dh is not None)
