@@ -1,6 +1,6 @@
 """LoRA on the demo's model with the base in every format: held-out loss, tokens a second against bf16, memory, weight error.
 
-    python benchmarks/precision.py [--steps 60] [--rounds 3] [--json]
+    python benchmarks/precision.py [--steps 60] [--rounds 3] [--formats int8 nf4] [--json]
 
 The loss of a round is that of its seed; the formats of a round share data, order and initial adapter.
 """
@@ -70,16 +70,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", default=str(DATA / "train.jsonl"))
     parser.add_argument("--validation", default=str(DATA / "heldout.jsonl"))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    formats = {name: FORMATS[name] for name in ("bf16", *asked.formats)}
     with tempfile.TemporaryDirectory() as scratch:
 
         def program(name: str, index: int) -> Trained:
             made = config(FORMATS[name], asked.steps, index, asked.data, asked.validation)
             return train(made, Path(scratch) / f"{index}-{name}")
 
-        results = in_turn({name: partial(program, name) for name in FORMATS}, asked.rounds)
-    errors = weights(FORMATS)
+        results = in_turn({name: partial(program, name) for name in formats}, asked.rounds)
+    errors = weights(formats)
     facts = {
         name: {
             "held_out": [r.held_out for r in runs],
