@@ -169,10 +169,8 @@ def main() -> None:
     parts["the rest"] = slowed - sum(parts.values())
     chunks, rate = -(-tokens // max(told.chunk, told.length)), flops / 1e9 / wall
     print(f"{tokens} tokens a step in {chunks} forwards: {spread(walls, 3)} s, {tokens / wall:.0f} tokens/s")
-    print(
     print(f"{flops / 1e9:.0f} GFLOP in products with frozen weights: {rate:.0f} GFLOP/s")
     print(f"{ceiling:.0f} GFLOP/s that these shapes reach by themselves: {rate / ceiling:.0%}")
-    )
     print(f"peak {peak / 2**20:.0f} MiB")
     print(f"watched, a step took {slowed:.3f} s\n")
     print(shares(parts, slowed), "", sep="\n")
