@@ -16,6 +16,7 @@ from conftest import relative
 from snugtune.model import formats, reference
 from snugtune.model.formats import W8A8, Bits4, Dense, Format, Int8, Outliers, Parts
 from snugtune.model.frozen import FrozenLinear
+from snugtune.model.reference import true_use
 
 SHAPES = [(5, 64), (7, 96), (3, 62), (5, 63), (1, 2), (33, 130), (4, 1), (128, 128)]
 """Whole blocks a row, blocks across rows, a last block that is not full, an odd number of weights."""
@@ -311,3 +312,14 @@ def test_w8a8_takes_any_number_of_rows_in_pieces(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("snugtune.model.formats._INT8_PIECE", 5 * 96)
     assert torch.equal(layer.matmul(x), whole[0]) and torch.equal(layer.matmul_t(dy), whole[1])
     assert layer.matmul(x[:0]).shape == (0, 24) and layer.matmul_t(dy[:0]).shape == (0, 96)
+
+
+def test_a_stored_row_of_zeros_has_no_scale() -> None:
+    """As bitsandbytes writes it: its gradient is zero, for the product and for what the self-test holds that against."""
+    parts = W8A8().encode(_weight((24, 96)))
+    parts["int8"][3], parts["scale"][3] = 0, 0.0
+    layer = FrozenLinear(W8A8(), parts, (24, 96), None, torch.float32)
+    x, dy = _weight((20, 96), 1), _weight((20, 24), 2)
+    y, dx, _ = true_use(layer, parts, None, x, dy)
+    assert relative(layer.matmul(x), y) < 1e-5 and relative(layer.matmul_t(dy), dx) < 1e-5
+    assert not layer.matmul(x)[:, 3].any()

@@ -132,6 +132,7 @@ def trained(base: Base, recompute: bool) -> dict[str, Tensor]:
         ("llama", "bf16", {}),
         ("llama", "int8", {}),
         ("llama", "int8", {"outlier_threshold": 3.0}),
+        ("llama", "w8a8", {}),
         ("llama", "nf4", {}),
         ("llama", "nf4", {"double_quant": True}),
         ("gpt2", "fp32", {}),

@@ -10,6 +10,7 @@ from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.live.config import Opening, job_config, validated
 from snugtune.live.job import Bench, LiveJob, PassMetrics, failure_of
+from snugtune.machine import keep_few_kernels
 from snugtune.memory.budget import Watch, give_back_large_blocks
 from snugtune.memory.plan import check_job, plan_for
 from snugtune.methods import METHODS
@@ -26,6 +27,9 @@ from snugtune.training.metrics import StepMetrics
 from snugtune.training.rest import sweep
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW, Plan, Width
+
+_JOBS_EXPECTED = 8
+"""That share a forward: nobody knows before they come."""
 
 
 class LiveTrainer:
@@ -153,6 +157,7 @@ def open_trainer(**fields: Any) -> LiveTrainer:
     stored = stored_width(source, config)
     planned = plan_for(opening.model, opening.device, opening.plan, (), stored, obstacle_to_sharing(config))
     notes += [f"plan: {reason}" for reason in planned.reasons]
+    keep_few_kernels(_JOBS_EXPECTED if planned.plan.fused_tokens else 1)  # before the first product
     if planned.plan.offload == "weights" and give_back_large_blocks():
         notes.append("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     base = load_base(source, planned.plan, opening.trust_remote_code, notes.append)

@@ -187,7 +187,7 @@ class LiveJob:
     ) -> list[str]:
         """What the job answers to questions or conversations as it stands: as `snugtune.load` of what `save` writes would.
 
-        On a base in int8 or nf4 give `load` these `weights`: an adapter's folder does not say how its base was kept.
+        On a base in int8, w8a8 or nf4 give `load` these `weights`: an adapter's folder does not say how its base was kept.
         """
         trainer, job = self._at_work()
         if max_new_tokens < 1 or not (0 <= temperature < math.inf) or not (0 < top_p <= 1):

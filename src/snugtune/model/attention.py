@@ -188,7 +188,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (q, k, v, sinks), how = ctx.saved_tensors, ctx.how
-        several = q.shape[1] > _rows(how, q)
+        several = q.shape[1] > _rows(how, q) or not q.shape[1]
         wide = torch.promote_types(q.dtype, torch.float32)  # what is summed over blocks
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(t, dtype=wide) if several else torch.empty(0) for t in (k, v))

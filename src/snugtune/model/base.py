@@ -151,7 +151,7 @@ class Base:
             self.groups = grouped.groups_are_independent(self.device, self.dtype, shapes)
             tried["torch's grouped products"] = self.groups
         for name, taken in tried.items():
-            what = f"in use, {UNMEASURED}" if taken else "not in use: they do not give here what our own do, to rounding"
+            what = f"in use, {UNMEASURED}" if taken else "not in use: no layers here that they compute as our own do, to rounding"
             self.kernel_notes += (f"{name}: {what}",)
 
     def site(self, name: str) -> RoutedLinear:

@@ -115,7 +115,7 @@ def _given(format: Format, parts: Parts, dy: Tensor) -> Tensor | None:
     if not isinstance(format, W8A8):
         return None
     scale = parts["scale"] / 127
-    return _in_int8(dy * scale, math.inf) / scale
+    return torch.where(scale > 0, _in_int8(dy * scale, math.inf) / scale, 0.0)  # stored rows of zeros have no scale
 
 
 class _Given(torch.autograd.Function):

@@ -202,16 +202,10 @@ class StreamedLinear(FrozenLinear):
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """[out, in] in the compute dtype; a copy, which outlives the buffer."""
-        weight = self._passing()
+        weight = self.format.decode(self.parts(), self.shape, self.dtype)
         return weight.clone() if isinstance(self.format, Dense) else weight
 
     @property
     def nbytes(self) -> int:
         """Bytes at rest, wherever that is; bias included."""
         return super().nbytes + self.kept.nbytes
-
-    def matmul_t(self, dy: Tensor) -> Tensor:
-        return dy @ self._passing()
-
-    def _passing(self) -> Tensor:
-        return self.format.decode(self.parts(), self.shape, self.dtype)

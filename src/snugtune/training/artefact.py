@@ -27,7 +27,8 @@ def _card(base: Base, plan: Plan, job: Job) -> str:
         f"{'driven by hand' if job.by_hand else f'of {data}'}, seed {c.seed}."
     )
     if plan.weights in NARROW:
-        about += f" The base's weights were kept in {plan.weights} meanwhile, and computed with in {plan.compute}."
+        products = "int8" if plan.weights == "w8a8" else plan.compute
+        about += f" The base's weights were kept in {plan.weights} meanwhile, and computed with in {products}."
     if c.keep_best and job.best is not None:
         about += f" The weights are those of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}."
     head = ["---", f"base_model: {base.name}", f"library_name: {library}", "tags: [snugtune]", "---"]
