@@ -273,7 +273,7 @@ def shake(attached: LoraAttached, seed: int = 1, size: float = 0.1) -> None:
 
 def peft_twin(model: PreTrainedModel, attached: LoraAttached) -> PeftModel:
     """`model` under PEFT's own LoRA, with the targets, settings and factors of `attached`."""
-    config = attached.config.to_dict() | {"target_modules": list(attached.sites), "inference_mode": False}
+    config = attached.to_peft().to_dict() | {"target_modules": list(attached.sites), "inference_mode": False}
     twin = get_peft_model(model, PeftLoraConfig(**{k: v for k, v in config.items() if k not in ("peft_type", "auto_mapping")}))
     with torch.no_grad():
         for name, factor in attached.tensors().items():

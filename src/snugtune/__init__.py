@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from snugtune.observer import RunResult
     from snugtune.tuned import Tuned
 
-# On CPU it warns, as soon as anything imports it (PEFT does), that it lacks a kernel which is never called here.
+# On CPU it warns, as soon as anything imports it (PEFT, a base in fewer bits), that it lacks a kernel which is never called here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

@@ -67,7 +67,7 @@ Adapter = Annotated[str | None, typer.Option(help="which adapter, where a run tr
 
 
 def _console() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed: it warns while peft is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed: it warns when it is imported
     from snugtune.console import Console, quiet_libraries
 
     quiet_libraries()

@@ -12,7 +12,7 @@ from snugtune.errors import InputError
 from snugtune.files import is_leftover, read_json, user_path, write_whole
 from snugtune.memory.plan import Kept, Planned, make_plan
 from snugtune.methods import METHODS
-from snugtune.methods.lora import CONFIG_FILE
+from snugtune.methods.adapter_folder import CONFIG_FILE
 
 MODEL_FILE = "config.json"
 """What makes a folder one of a transformers model."""

@@ -12,7 +12,8 @@ from snugtune.data.render import Renderer
 from snugtune.errors import InputError
 from snugtune.folder import locate
 from snugtune.memory.plan import Kept, plan_for_answers
-from snugtune.methods.lora import UNSTAMPED, Lora, is_stamped
+from snugtune.methods.adapter_folder import UNSTAMPED, is_stamped
+from snugtune.methods.lora import Lora
 from snugtune.model.base import Base, load_base
 from snugtune.model.generate import Sampling, generate
 from snugtune.model.load import load_config, stored_width

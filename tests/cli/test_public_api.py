@@ -167,6 +167,14 @@ def test_import_is_light() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_training_a_fresh_adapter_needs_no_peft() -> None:
+    """It would be 60 MiB and seconds (with bitsandbytes, which it imports) of every run, before the first step."""
+    needed = "snugtune.run, snugtune.live, snugtune.prepare, snugtune.tuned, snugtune.session"
+    script = f"import sys, {needed}; print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_names_stay_functions_whatever_is_imported() -> None:
     """Importing a subpackage binds its name in the package: none may hide an exported one."""
     for module in pkgutil.walk_packages(snugtune.__path__, "snugtune."):

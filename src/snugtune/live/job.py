@@ -22,7 +22,7 @@ from snugtune.folder import MODEL_FILE
 from snugtune.live.config import objective_from
 from snugtune.live.examples import CustomLoss, by_example, check_examples, listed, slopes
 from snugtune.methods import METHODS
-from snugtune.methods.lora import CONFIG_FILE
+from snugtune.methods.adapter_folder import CONFIG_FILE
 from snugtune.model.generate import Sampling
 from snugtune.objectives import Objective
 from snugtune.objectives.sft import Sft, SftConfig
