@@ -27,7 +27,7 @@ from random_jobs import examples, loaded, started
 from torch import Tensor, nn
 
 from snugtune.memory.budget import Watch
-from snugtune.model import attention, formats, frozen, gated, head, norms, routed
+from snugtune.model import attention, formats, gated, head, norms, remade, routed
 from snugtune.model.base import Base
 from snugtune.model.routed import RoutedLinear
 from snugtune.training.trainer import Trainer
@@ -36,12 +36,12 @@ _MATMULS = [kind.__dict__ for kind in (formats._Decoded, formats.Outliers, forma
 PARTS: dict[str, list[Any]] = {
     "frozen weights, forward (head's included)": [kind["matmul"] for kind in _MATMULS],
     "frozen weights, backward (head's included)": [kind["matmul_t"] for kind in _MATMULS if "matmul_t" in kind],
-    "adapters, forward": [routed._Lora.forward],
-    "adapters, backward": [routed._Lora.backward],
+    "adapters, forward": [routed.Apart.add],
+    "adapters, backward": [routed.Apart.back],
     "attention, forward": [attention._Attention.forward],
     "attention, backward": [attention._Attention.backward],
     "norms": [norms._RmsNorm.forward, norms._RmsNorm.backward],
-    "gated product, and its gradient": [gated.GatedMLP._product, frozen.through],
+    "gated product, and its gradient": [gated.GatedMLP._product, remade.through],
     "softmax of the head": [head._nll],
 }
 """Parts of a step, and the functions that do them."""

@@ -76,7 +76,7 @@ def test_on_cpu_everything_is_our_own() -> None:
     Lora().attach(base, "j", LoraConfig(r=3), 0)
     assert base.kernel_notes == () and not base.groups
     assert all(module.kernel is None for module in base.model.modules() if isinstance(module, LeanNorm | GatedMLP))
-    assert {site.adapted.__name__ for site in base.sites.values()} == {"_Lora"}
+    assert {site.products.__name__ for site in base.sites.values()} == {"Apart"}
     assert choose(kernels.setting_of(base.device, base.dtype)) == Kernels()
 
 
@@ -215,7 +215,7 @@ def _site(kind: type[Any], dtype: torch.dtype, dropout: float) -> tuple[RoutedLi
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     site = RoutedLinear(FrozenLinear.dense(draw(OUT, IN)), Router(), "site")
-    site.adapted = kind
+    site.products = kind
     factors = []
     for n, (rank, scale) in enumerate(zip(RANKS, SCALES, strict=True)):
         a, b = draw(rank, IN).float().requires_grad_(), draw(OUT, rank).float().requires_grad_()
@@ -241,7 +241,7 @@ def _run(kind: type[Any], dtype: torch.dtype, dropout: float, jobs: str = "abcde
     return [y.detach(), x.grad, *(f.grad for f in factors if f.grad is not None)]
 
 
-LOOP = RoutedLinear(FrozenLinear.dense(torch.zeros(1, 1)), Router(), "").adapted
+LOOP = RoutedLinear(FrozenLinear.dense(torch.zeros(1, 1)), Router(), "").products
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "of a function"])
@@ -249,7 +249,7 @@ LOOP = RoutedLinear(FrozenLinear.dense(torch.zeros(1, 1)), Router(), "").adapted
 @pytest.mark.parametrize(("dtype", "most"), [(FP32, 1e-6), (BF16, 1e-2)], ids=["fp32", "bf16"])
 def test_grouped_products_are_the_loops(dtype: torch.dtype, most: float, dropout: float, gated: bool) -> None:
     """Of ranks that are filled up, of one above all that are grouped, with a job that has no adapter here."""
-    ours, theirs = (_run(kind, dtype, dropout, gated=gated) for kind in (grouped.GroupedLora, LOOP))
+    ours, theirs = (_run(kind, dtype, dropout, gated=gated) for kind in (grouped.Grouped, LOOP))
     assert len(ours) == len(theirs) == 2 + 2 * 5
     for mine, its in zip(ours, theirs, strict=True):
         assert mine.shape == its.shape and mine.dtype == its.dtype and relative(mine, its) <= most
@@ -258,8 +258,8 @@ def test_grouped_products_are_the_loops(dtype: torch.dtype, most: float, dropout
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("job", "acdef")
 def test_a_job_meets_the_same_products_alone(job: str, dtype: torch.dtype) -> None:
-    y, dx, *factors = _run(grouped.GroupedLora, dtype, 0.3)
-    own_y, own_dx, *own_factors = _run(grouped.GroupedLora, dtype, 0.3, job)
+    y, dx, *factors = _run(grouped.Grouped, dtype, 0.3)
+    own_y, own_dx, *own_factors = _run(grouped.Grouped, dtype, 0.3, job)
     n, place = "abcdef".index(job), "acdef".index(job)
     start = sum(LENGTHS[:n])
     rows, own = slice(start, start + LENGTHS[n]), slice(0, LENGTHS[n])
@@ -286,7 +286,7 @@ def test_five_jobs_end_as_alone_with_grouped_products(hopper: Base) -> None:
     assert hopper.groups and hopper.kernel_notes == ("torch's grouped products: in use, not measured by us",)
     plan = plan_of("bf16", "bf16", fused_tokens=512)
     ends = together(hopper, plan, JOBS)
-    assert {site.adapted for site in hopper.sites.values()} == {grouped.GroupedLora}
+    assert {site.products for site in hopper.sites.values()} == {grouped.Grouped}
     assert unlike(ends, alone(hopper, plan, JOBS)) == {}
     assert all(end.numbers["step"] == STEPS for end in ends.values())
 
@@ -302,8 +302,8 @@ def test_widths_that_are_not_aligned_take_the_loop() -> None:
     base = tiny_base("llama", BF16, intermediate_size=68)
     base.freeze(Setting("cuda", BF16, (9, 0)))
     down = base.site("model.layers.0.mlp.down_proj")
-    assert base.groups and down.adapted is LOOP
-    assert base.site("model.layers.0.self_attn.q_proj").adapted is grouped.GroupedLora
+    assert base.groups and down.products is LOOP
+    assert base.site("model.layers.0.self_attn.q_proj").products is grouped.Grouped
 
 
 def _tiles(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def test_a_base_says_that_it_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> 
     base = tiny_base("llama", BF16)
     base.freeze(Setting("cuda", BF16, (9, 0)))
     assert not base.groups and "grouped products: not in use" in base.kernel_notes[0]
-    assert base.site("model.layers.0.self_attn.q_proj").adapted is LOOP
+    assert base.site("model.layers.0.self_attn.q_proj").products is LOOP
 
 
 def test_norms_without_a_kernel_are_untouched() -> None:

@@ -161,7 +161,7 @@ class Base:
             assert isinstance(linear, FrozenLinear), "freeze() the base before asking for sites"
             site = RoutedLinear(linear, self.router, name)
             if self.groups and grouped.takes(linear.shape, self.dtype):
-                site.adapted = grouped.GroupedLora
+                site.products = grouped.Grouped
             site.train(linear.training)
             parent, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, site)

@@ -4,7 +4,6 @@ A `FrozenLinear` fetches its weight when it needs it (in forward, in recompute a
 on the autograd context. That one rule is what makes quantised and streamed weights safe: nothing holds on to a transient.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from snugtune.model.formats import W8A8, Dense, Format, Int8, Parts
-
-Function = Callable[..., Tensor]
+from snugtune.model.remade import Function, again, through
 
 
 class FrozenLinear(nn.Linear):
@@ -122,23 +120,6 @@ class _Frozen(torch.autograd.Function):
             return None, None, dx
         inputs, x = again(ctx.function, ctx.saved_tensors)
         return None, None, *through(x, inputs, dx, ctx.needs_input_grad[2:])
-
-
-def again(function: Function | None, saved: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-    """In backward: what came in, and what the linear was given, with the way back from one to the other; see `through`."""
-    if function is None:
-        return saved, saved[0]
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in saved]
-        return leaves, function(*leaves)
-
-
-def through(x: Tensor, inputs: Sequence[Tensor], dx: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of `inputs`, from `again`, given that of x. Those of inputs that are not wanted are None."""
-    if dx is None or x is inputs[0]:
-        return [dx] * len(inputs)
-    found = iter(torch.autograd.grad(x, [tensor for tensor, want in zip(inputs, wanted, strict=True) if want], dx))
-    return [next(found) if want else None for want in wanted]
 
 
 def _computes_linear(module: nn.Linear) -> bool:

@@ -38,7 +38,8 @@ class GatedMLP(nn.Module):
     def _product(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.kernel is not None:
             return self.kernel(gate, up)
-        return getattr(self, self.activation)(gate) * up
+        active = getattr(self, self.activation)(gate)
+        return active * up if torch.is_grad_enabled() else active.mul_(up)
 
 
 def lean_mlps(model: nn.Module, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """LoRA's low-rank products for all jobs of a forward at once: a few grouped products instead of some for each job.
 
-As `routed._Lora`, within rounding. To end as it does alone, a job must meet the same arithmetic whoever is beside it:
+As `routed.Apart`, within rounding. To end as it does alone, a job must meet the same arithmetic whoever is beside it:
 
 - Groups are of equal rank, filled up with zeros to a power of two, and of equal scale. A job with no equal is a group of one.
 - What a kernel makes of a group could still depend on the others (torch chooses tiles by the mean number of rows), so that
@@ -13,31 +13,19 @@ computes it in a loop, which the tests use. Shapes: t rows of a group of J jobs,
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from snugtune.model.frozen import FrozenLinear, Function, again, through
 from snugtune.model.liger import close
-from snugtune.model.routed import Slot
+from snugtune.model.routed import Mask, Slot, drop
 from snugtune.types import MIN_ROWS, Segment
 
 RANKS = (8, 16, 32, 64, 128, 256)
 """Filled-up ranks that are tried and grouped; a job of a higher rank is a group by itself."""
 _ALIGNED = 16  # bytes that rows of every operand begin at
 _TRIALS = ((MIN_ROWS, 400, 61), (400, MIN_ROWS, 17, MIN_ROWS))  # rows of groups: their mean is above 128, and below
-
-
-class Mask(Protocol):
-    """Dropout of one segment, as a recipe."""
-
-    @property
-    def p(self) -> float: ...
-
-    def apply(self, x: Tensor) -> Tensor: ...
 
 
 Masks = Sequence[Mask | None]
@@ -48,48 +36,31 @@ def takes(shape: tuple[int, int], dtype: torch.dtype) -> bool:
     return all(width * dtype.itemsize % _ALIGNED == 0 for width in shape)
 
 
-class GroupedLora(torch.autograd.Function):
-    """One node per linear, in the place of `_Lora`; it is given and saves the same."""
+@dataclass(frozen=True)
+class Grouped:
+    """In the place of `Apart`, given the same."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        frozen: FrozenLinear,
-        active: list[tuple[Segment, Slot]],
-        masks: list[Mask | None],
-        function: Function | None,
-        count: int,
-        *inputs_and_factors: Tensor,
-    ) -> Tensor:
-        inputs = inputs_and_factors[:count]
-        x = inputs[0] if function is None else function(*inputs)
-        y = frozen.matmul(x)
-        for group in _groups(active, masks, len(x)):
+    active: Sequence[tuple[Segment, Slot]]
+    masks: Masks
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        for group in _groups(self.active, self.masks, len(x)):
             a, b, ends = group.factors(x)
             low = F.grouped_mm(group.rows(x, group.masks), a.mT, offs=ends)  # [t, r]
             group.add(y, F.grouped_mm(low, b.mT, offs=ends), group.scale)
-        ctx.frozen, ctx.active, ctx.masks, ctx.function = frozen, active, masks, function
-        ctx.save_for_backward(*inputs)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy = grads[0]
-        inputs, x = again(ctx.function, ctx.saved_tensors)
-        before = ctx.needs_input_grad[5 : 5 + len(inputs)]
-        dx = ctx.frozen.matmul_t(dy) if any(before) else None
+    def back(self, x: Tensor, dy: Tensor, dx: Tensor | None) -> list[Tensor]:
         found = dict[int, Tensor]()
-        for group in _groups(ctx.active, ctx.masks, len(dy)):
+        for group in _groups(self.active, self.masks, len(dy)):
             a, b, ends = group.factors(dy)
-            xs, dys = group.rows(x.detach(), group.masks), group.rows(dy)
+            xs, dys = group.rows(x, group.masks), group.rows(dy)
             low = F.grouped_mm(xs, a.mT, offs=ends)  # [t, r]
             dlow = F.grouped_mm(dys, b, offs=ends).mul_(group.scale)  # [t, r]
             grad_a, grad_b = F.grouped_mm(dlow.t(), xs, offs=ends), F.grouped_mm(dys.t(), low, offs=ends)
             found |= group.gradients(grad_a, grad_b)
             if dx is not None:
                 group.add(dx, F.grouped_mm(dlow, a, offs=ends), masks=group.masks)
-        return None, None, None, None, None, *through(x, inputs, dx, before), *(found[n] for n in range(len(found)))
+        return [found[n] for n in range(len(found))]
 
 
 @dataclass(frozen=True)
@@ -121,13 +92,13 @@ class _Group:
         adjacent = all(a[1] == b[0] for a, b in pairwise(self.spans))
         if adjacent and not any(mask is not None and mask.p for mask in masks):
             return x[self.spans[0][0] : self.spans[-1][1]].contiguous()
-        return torch.cat([_drop(x[start:stop], m) for (start, stop), m in self._with(masks)])
+        return torch.cat([drop(x[start:stop], m) for (start, stop), m in self._with(masks)])
 
     def add(self, to: Tensor, parts: Tensor, scale: float = 1.0, masks: Masks = ()) -> None:
         """Add rows [t, n] of the group to where they belong in [T, n]."""
         sizes = [stop - start for start, stop in self.spans]
         for ((start, stop), mask), part in zip(self._with(masks), parts.split(sizes), strict=True):
-            to[start:stop].add_(_drop(part, mask), alpha=scale)
+            to[start:stop].add_(drop(part, mask), alpha=scale)
 
     def gradients(self, grad_a: Tensor, grad_b: Tensor) -> dict[int, Tensor]:
         """Of every job's own A and B, at their places among all factors; from those of the stacked ones."""
@@ -160,10 +131,6 @@ def _groups(active: Sequence[tuple[Segment, Slot]], masks: Masks, count: int) ->
 def _filled_up(slot: Slot) -> int:
     """The next power of two from its rank on, at least the least of `RANKS`: rows of r numbers must be aligned."""
     return max(RANKS[0], 1 << (slot.a.shape[0] - 1).bit_length())
-
-
-def _drop(x: Tensor, mask: Mask | None) -> Tensor:
-    return x if mask is None else mask.apply(x)
 
 
 @torch.no_grad()

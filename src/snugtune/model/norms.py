@@ -1,9 +1,11 @@
 """RMSNorm with less kept for backward and fewer passes over memory (Zhang and Sennrich 2019, arXiv 1910.07467).
 
 As the models write it, the states are widened to fp32 and kept so. Here backward keeps the states as they came, and the inverse
-root mean square of each. x [..., D], weight w [D]; y = w * x / rms(x), in the two ways the models round it.
+root mean square of each; linears that are given the result make it again of these (see `remade.py`). x [..., D], weight w [D];
+y = w * x / rms(x), in the two ways the models round it.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snugtune.model.liger import Norm, agrees
+from snugtune.model.remade import Origin, Remade, made_of
 
 _EPSILONS = ("variance_epsilon", "eps")
 _ROWS = 16
@@ -32,32 +35,45 @@ class LeanNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:
             return self.kernel(x, self.weight, self.eps, self.plus_one)
-        return _RmsNorm.apply(x, self.weight, self.eps, self.plus_one)  # pyright: ignore[reportReturnType]
+        remade = Remade(functools.partial(_again, self.plus_one))
+        y, scale = _RmsNorm.apply(x, self.weight, self.eps, self.plus_one, remade)  # pyright: ignore[reportGeneralTypeIssues]
+        return made_of(y, Origin(remade, (x.detach(), scale, self.weight.detach()))) if torch.is_grad_enabled() else y
+
+
+def _again(plus_one: bool, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return _weighted(x.to(scale.dtype, copy=True).mul_(scale), weight, plus_one, x.dtype)
+
+
+def _weighted(wide: Tensor, weight: Tensor, plus_one: bool, dtype: torch.dtype) -> Tensor:
+    """The normed states in `dtype`, over the wide ones."""
+    if plus_one:
+        return wide.mul_(1.0 + weight.to(wide.dtype)).to(dtype)
+    return wide.to(dtype).mul_(weight)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, remade: Remade) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]
-        wide.mul_(scale)
         ctx.save_for_backward(x, scale, weight)
-        ctx.plus_one = plus_one
-        if plus_one:
-            return wide.mul_(1.0 + weight.to(wide.dtype)).to(x.dtype)
-        return wide.to(x.dtype).mul_(weight)
+        ctx.plus_one, ctx.remade = plus_one, remade
+        ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)
+        return _weighted(wide.mul_(scale), weight, plus_one, x.dtype), scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """d/dx of w x / rms(x): with g = w dy and n = x / rms(x), (g - n mean(g n)) / rms(x)."""
+        ctx.remade.forget()  # whom it was given to have had it
         x, scale, weight = ctx.saved_tensors
         wide = scale.dtype
         n = x.to(wide, copy=True).mul_(scale)
         dw = (grads[0] * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = grads[0].to(wide) * (1.0 + weight.to(wide)) if ctx.plus_one else (grads[0] * weight).to(wide)
         mean = torch.linalg.vecdot(g, n).unsqueeze(-1).div_(x.shape[-1])
-        return g.addcmul_(n, mean, value=-1.0).mul_(scale).to(x.dtype), dw, None, None
+        return g.addcmul_(n, mean, value=-1.0).mul_(scale).to(x.dtype), dw, None, None, None
 
 
 def lean_norms(model: nn.Module, dtype: torch.dtype) -> None:

@@ -6,18 +6,19 @@ would let a neighbour's NaN through (0 * NaN).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snugtune.errors import InputError
-from snugtune.model.frozen import FrozenLinear, Function, again, through
+from snugtune.model.frozen import FrozenLinear
+from snugtune.model.remade import Function, Origin, again, origin_of, through
 from snugtune.types import Segment
 
 
@@ -90,7 +91,7 @@ class RoutedLinear(nn.Module):
         self.router = router
         self.name = name
         self.slots: dict[str, Slot] = {}
-        self.adapted: type[torch.autograd.Function] = _Lora  # or what takes the same, see `grouped.py`
+        self.products: Callable[[Sequence[tuple[Segment, Slot]], Sequence[Mask | None]], LowRank] = Apart  # or see `grouped.py`
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
 
     @property
@@ -110,10 +111,11 @@ class RoutedLinear(nn.Module):
         active = [(s, self.slots[s.job]) for s in self.router.segments if s.job in self.slots]
         if not active:
             return self.frozen(*inputs, function=function)
-        masks = [_Mask(slot.dropout, segment.seed, self.name) if self.training else None for segment, slot in active]
+        origin = origin_of(inputs[0]) if function is None else None
+        masks = [Mask(slot.dropout, segment.seed, self.name) if self.training else None for segment, slot in active]
         factors = [f for _, slot in active for f in (slot.a, slot.b)]
         rows = [x.flatten(0, -2) for x in inputs]
-        y = self.adapted.apply(self.frozen, active, masks, function, len(rows), *rows, *factors)
+        y = _Routed.apply(self.frozen, self.products(active, masks), function, origin, len(rows), *rows, *factors)
         assert isinstance(y, Tensor)
         return y.view(*inputs[0].shape[:-1], self.out_features)
 
@@ -152,7 +154,7 @@ class RoutedFunction(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Mask:
+class Mask:
     """A dropout mask as a recipe: a pure function of (chunk seed, site), drawn again in recompute and in backward."""
 
     p: float
@@ -168,56 +170,85 @@ class _Mask:
         return torch.where(kept, x / (1.0 - self.p), 0.0)
 
 
-class _Lora(torch.autograd.Function):
-    """One node per linear. Saves x once, or what it is a function of, and nothing else of its size.
+class LowRank(Protocol):
+    """The low-rank products of all adapters of a forward at one linear. Shapes: y, dy [T, out], x, dx [T, in]."""
 
-    x A^T, the masks and a function's value are made again in backward.
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add to y what the adapters make of x."""
+        ...
+
+    def back(self, x: Tensor, dy: Tensor, dx: Tensor | None) -> list[Tensor]:
+        """The gradients of A and B of each job, in turn; what goes back through them is added to dx."""
+        ...
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Each job's by themselves. `masks`: dropout of each segment."""
+
+    active: Sequence[tuple[Segment, Slot]]
+    masks: Sequence[Mask | None]
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        for (segment, slot), mask in zip(self.active, self.masks, strict=True):
+            low = drop(x[segment.tokens], mask) @ slot.a.to(x.dtype).t()  # [t, r]
+            y[segment.tokens].addmm_(low, slot.b.to(x.dtype).t(), alpha=slot.scale)
+
+    def back(self, x: Tensor, dy: Tensor, dx: Tensor | None) -> list[Tensor]:
+        found = list[Tensor]()
+        for (segment, slot), mask in zip(self.active, self.masks, strict=True):
+            a, b = slot.a.to(x.dtype), slot.b.to(x.dtype)
+            xs, dys = drop(x[segment.tokens], mask), dy[segment.tokens]
+            dlow = (dys @ b).mul_(slot.scale)  # [t, r]
+            grad_b = ((a @ xs.t()) @ dys).t().to(slot.b.dtype).mul_(slot.scale)  # in this order thin products are quick
+            found += [(dlow.t() @ xs).to(slot.a.dtype), grad_b]
+            if dx is not None and mask is None:
+                dx[segment.tokens].addmm_(dlow, a)
+            elif dx is not None:
+                dx[segment.tokens] += drop(dlow @ a, mask)
+        return found
+
+
+class _Routed(torch.autograd.Function):
+    """One node per linear. Saves x once, or what it is made of, and nothing else of its size.
+
+    x A^T, the masks and what is made of something else are made again in backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         frozen: FrozenLinear,
-        active: list[tuple[Segment, Slot]],
-        masks: list[_Mask | None],
+        products: LowRank,
         function: Function | None,
+        origin: Origin | None,
         count: int,
         *inputs_and_factors: Tensor,
     ) -> Tensor:
         inputs = inputs_and_factors[:count]
         x = inputs[0] if function is None else function(*inputs)
         y = frozen.matmul(x)
-        for (segment, slot), mask in zip(active, masks, strict=True):
-            low = _drop(x[segment.tokens], mask) @ slot.a.to(x.dtype).t()
-            y[segment.tokens].addmm_(low, slot.b.to(x.dtype).t(), alpha=slot.scale)
-        ctx.frozen, ctx.active, ctx.masks, ctx.function = frozen, active, masks, function
-        ctx.save_for_backward(*inputs)
+        products.add(y, x)
+        ctx.frozen, ctx.products, ctx.function = frozen, products, function
+        ctx.remade = None if origin is None else origin.remade
+        ctx.save_for_backward(*(inputs if origin is None else origin.inputs))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy = grads[0]
-        inputs, x = again(ctx.function, ctx.saved_tensors)
+        kept = ctx.saved_tensors
+        if ctx.remade is not None:
+            kept = [ctx.remade.of(kept).flatten(0, -2)]
+        inputs, x = again(ctx.function, kept)
         before = ctx.needs_input_grad[5 : 5 + len(inputs)]
-        dx = ctx.frozen.matmul_t(dy) if any(before) else None
-        factor_grads: list[Tensor] = []
-        rows = x.detach()
-        for (segment, slot), mask in zip(ctx.active, ctx.masks, strict=True):
-            a, b = slot.a.to(x.dtype), slot.b.to(x.dtype)
-            xs, dys = _drop(rows[segment.tokens], mask), dy[segment.tokens]
-            dlow = (dys @ b).mul_(slot.scale)  # [t, r]
-            grad_b = ((a @ xs.t()) @ dys).t().to(slot.b.dtype).mul_(slot.scale)  # in this order thin products are quick
-            grad_a = (dlow.t() @ xs).to(slot.a.dtype)
-            factor_grads += [grad_a, grad_b]
-            if dx is not None and mask is None:
-                dx[segment.tokens].addmm_(dlow, a)
-            elif dx is not None:
-                dx[segment.tokens] += _drop(dlow @ a, mask)
+        dx = ctx.frozen.matmul_t(grads[0]) if any(before) else None
+        factor_grads = ctx.products.back(x.detach(), grads[0], dx)
         return None, None, None, None, None, *through(x, inputs, dx, before), *factor_grads
 
 
-def _drop(x: Tensor, mask: _Mask | None) -> Tensor:
+def drop(x: Tensor, mask: Mask | None) -> Tensor:
+    """Dropout of rows, where there is any."""
     return x if mask is None else mask.apply(x)
 
 

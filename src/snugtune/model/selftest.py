@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from snugtune.errors import GradientError
 from snugtune.model.base import Base
 from snugtune.model.formats import Parts
-from snugtune.model.frozen import FrozenLinear, Function
+from snugtune.model.frozen import FrozenLinear
 from snugtune.model.proofs import probe_batch
 from snugtune.model.reference import true_nll, true_use
+from snugtune.model.remade import Function, another
 from snugtune.model.routed import RoutedLinear, Slot
 from snugtune.types import Batch, Segment
 
@@ -215,7 +216,7 @@ class _Probe:
         layer, self.last = _frozen(module), None
         if not (self.recording and all(x.requires_grad for x in args)):
             return None
-        own = tuple(x.view_as(x) for x in args)  # others may take the same input: the gradient of this use alone
+        own = tuple(another(x) for x in args)  # others may take the same input: the gradient of this use alone
         if name in self.compared:
             slot = module.slots[_JOB] if isinstance(module, RoutedLinear) else None
             self.last = _Call(name, layer, slot, [_rows(x).clone() for x in args], how.get("function"))
