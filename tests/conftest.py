@@ -271,6 +271,16 @@ def shake(attached: LoraAttached, seed: int = 1, size: float = 0.1) -> None:
         factor.copy_(torch.randn(factor.shape, generator=generator) * size)
 
 
+class NoWatch:
+    """A memory watch for tests that do not look at memory."""
+
+    def peak(self) -> int:
+        return 0
+
+    def make_room(self, tokens: int) -> None:
+        """Nothing is given back."""
+
+
 def peft_twin(model: PreTrainedModel, attached: LoraAttached) -> PeftModel:
     """`model` under PEFT's own LoRA, with the targets, settings and factors of `attached`."""
     config = attached.to_peft().to_dict() | {"target_modules": list(attached.sites), "inference_mode": False}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conftest import sequences
+from conftest import NoWatch, sequences
 from snugtune.config import JobConfig
 from snugtune.model.base import Base
 from snugtune.training.examples import JobData
@@ -66,13 +66,6 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 """Name -> fields of its config; `lengths`: of its examples, in tokens."""
 STEPS = 4
-
-
-class NoWatch:
-    """A memory watch for tests that do not look at memory."""
-
-    def peak(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from snugtune.config import RunConfig
 from snugtune.errors import SnugtuneError, StorageError
 from snugtune.folder import RunFolder
+from snugtune.memory.budget import give_back_freed
 from snugtune.memory.plan import Planned
 from snugtune.tracking import Tracking
 from snugtune.training.artefact import save_artefact
@@ -160,6 +161,7 @@ class Session:
             note(f"{job.name}: the result is the state of step {job.best.step}, held-out loss {job.best.eval_loss:.4f}")
         if job.best is not None and job.untuned is not None and job.best.eval_loss >= job.untuned:
             note(f"{job.name}: no evaluation was better than the untuned model's, {job.untuned:.4f}; try a lower optimizer.lr")
+        give_back_freed()  # what is imported to write an adapter need not come on top of what the steps left
         save_artefact(self.folder.artefact(job.config), self.trainer.base, self.planned.plan, job)
 
     def statuses(self) -> dict[str, dict[str, Any]]:

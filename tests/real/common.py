@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from conftest import packed
+from conftest import NoWatch, packed
 from snugtune.config import JobConfig, to_config
 from snugtune.methods.lora import LoraAttached
 from snugtune.model.base import Base
@@ -157,13 +157,6 @@ def whole(gradients: Mapping[str, Tensor]) -> Tensor:
 def train(observer: Observer | None = None, /, **fields: Any) -> RunResult:
     """A run of these config fields."""
     return run_train(to_config(fields), observer)
-
-
-class NoWatch:
-    """A memory watch for tests that do not look at memory."""
-
-    def peak(self) -> int:
-        return 0
 
 
 def examples(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Example, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import sequences, tiny_base
+from conftest import NoWatch, sequences, tiny_base
 from snugtune.config import JobConfig
 from snugtune.model.base import Base
 from snugtune.training.examples import JobData
@@ -17,11 +17,6 @@ from snugtune.training.job import Job, start_job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import Example, OptimizerState, Plan
-
-
-class _NoWatch:
-    def peak(self) -> int:
-        return 0
 
 
 def _job(base: Base, plan: Plan, name: str = "default", **fields: Any) -> Job:
@@ -32,7 +27,7 @@ def _job(base: Base, plan: Plan, name: str = "default", **fields: Any) -> Job:
 
 def _trainer(base: Base, scaler: torch.amp.GradScaler | None, **fields: Any) -> tuple[Trainer, Job]:
     plan = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32")
-    trainer, job = Trainer(base, plan, _NoWatch()), _job(base, plan, **fields)
+    trainer, job = Trainer(base, plan, NoWatch()), _job(base, plan, **fields)
     job.scaler = scaler
     trainer.add(job)
     return trainer, job
@@ -97,7 +92,7 @@ def _two(settings: dict[str, dict[str, Any]], fused: int, state: OptimizerState)
     """Jobs on one base, each with a scaler of its own; `fused`: tokens of the batches they share."""
     base = tiny_base()
     plan = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", optimizer_state=state, fused_tokens=fused)
-    trainer = Trainer(base, plan, _NoWatch())
+    trainer = Trainer(base, plan, NoWatch())
     for name, how in settings.items():
         job = _job(base, plan, name=name, optimizer={"lr": 1e-2})
         job.scaler = torch.amp.GradScaler("cpu", **how)

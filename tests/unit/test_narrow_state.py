@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from conftest import relative, sequences, tiny_base
+from conftest import NoWatch, relative, sequences, tiny_base
 from snugtune.config import JobConfig, to_config
 from snugtune.errors import InputError
 from snugtune.memory.plan import make_plan
@@ -193,11 +193,6 @@ def test_state_of_other_weights_is_refused() -> None:
 # --- in jobs ----------------------------------------------------------------------------------------------------------
 
 
-class _NoWatch:
-    def peak(self) -> int:
-        return 0
-
-
 def job(base: Base, name: str = "default", seed: int = 0, **fields: Any) -> Job:
     data = JobData(tuple(Example(ids, torch.ones(len(ids)).index_fill(0, torch.tensor(0), 0.0), "x") for ids in sequences(9, 14)))
     plain = {"name": name, "data": "x.jsonl", "batch_size": 2, "steps": 6, "max_seq_len": 16, "seed": seed}
@@ -206,7 +201,7 @@ def job(base: Base, name: str = "default", seed: int = 0, **fields: Any) -> Job:
 
 
 def trainer(base: Base, *jobs: Job) -> Trainer:
-    made = Trainer(base, Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", optimizer_state="8bit"), _NoWatch())
+    made = Trainer(base, Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", optimizer_state="8bit"), NoWatch())
     for each in jobs:
         made.add(each)
     return made

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import tiny_base
+from conftest import NoWatch, tiny_base
 from snugtune.config import RunConfig, to_config
 from snugtune.memory.plan import make_plan
 from snugtune.memory.precision import precision, weight_bits
@@ -93,7 +93,7 @@ def test_rows_are_those_of_real_tensors(width: str, method: str) -> None:
     base = tiny_base("llama", DTYPES[width])  # pyright: ignore[reportArgumentType]
     example = Example(torch.arange(5, 25), torch.tensor([0.0] + [1.0] * 19), "x:1")
     job = start_job(base, config.resolved_jobs()[0], JobData((example,) * 16), plan)
-    trainer = Trainer(base, plan, _Unwatched())
+    trainer = Trainer(base, plan, NoWatch())
     trainer.add(job)
     seen: dict[str, set[torch.dtype]] = {"activations": set(), "gradients": set()}
 
@@ -115,8 +115,3 @@ def test_rows_are_those_of_real_tensors(width: str, method: str) -> None:
         assert parameter.grad is not None and parameter.grad.dtype == DTYPES[rows["gradients of what trains"].kept]  # pyright: ignore
     moments = [t for state in job.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
     assert moments and {t.dtype for t in moments} == {DTYPES[rows["adamw state"].kept]}  # pyright: ignore[reportArgumentType]
-
-
-class _Unwatched:
-    def peak(self) -> int:
-        return 0

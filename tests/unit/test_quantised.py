@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from conftest import (
+    NoWatch,
     lora_gradients,
     nll_alone,
     nll_packed,
@@ -309,7 +310,7 @@ def _trained(
     }
 
     def start() -> Trainer:
-        trainer = Trainer(base, plan, _NoWatch())
+        trainer = Trainer(base, plan, NoWatch())
         for name, fields in jobs.items():
             common = {
                 "name": name,
@@ -338,11 +339,6 @@ def _trained(
         while any(job.step <= step for job in trainer.jobs.values()):
             trainer.step()
     return {name: job.attached.state()["flat"].clone() for name, job in trainer.jobs.items()}
-
-
-class _NoWatch:
-    def peak(self) -> int:
-        return 0
 
 
 JOBS = {"a": {}, "b": {"method": {"type": "lora", "r": 5, "target_modules": ["q_proj", "down_proj"]}, "seed": 3}}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from conftest import sequences, tiny_base
+from conftest import NoWatch, sequences, tiny_base
 from snugtune import prepare
 from snugtune.config import JobConfig, to_config
 from snugtune.errors import InputError, Interrupted, StopRequestedError, StorageError
@@ -45,11 +45,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "e": {"batch_size": 3, "optimizer": {"type": "sgd", "lr": 0.1}},
     "f": {"max_grad_norm": 0.01, "neftune_noise_alpha": 5.0},
 }
-
-
-class NoWatch:
-    def peak(self) -> int:
-        return 0
 
 
 def started(base: Base, name: str, plan: Plan = PLAN, **fields: Any) -> Job:
@@ -543,11 +538,13 @@ def calls(work: Callable[[], object]) -> Counter[str]:
         if event == "call":
             counted[frame.f_code.co_qualname] += 1
 
+    gc.disable()  # a collection would call torch's hooks, and comes when it comes
     sys.setprofile(count)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return counted
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import lora_gradients, nll_packed, packed, sequences, shake, tiny_base
+from conftest import NoWatch, lora_gradients, nll_packed, packed, sequences, shake, tiny_base
 from quantised import saved
 from snugtune.config import JobConfig, to_config
 from snugtune.errors import InputError, StorageError, UnreadableError
@@ -127,11 +127,6 @@ def test_block_inputs_do_not_live_between_forward_and_backward(spill: bool, monk
     assert attached.flat.grad is not None and attached.flat.grad.any()
 
 
-class _NoWatch:
-    def peak(self) -> int:
-        return 0
-
-
 def trainer(offload: Offload, dtype: torch.dtype = torch.float32, arch: str = "llama", **fields: Any) -> tuple[Trainer, Job]:
     """A job of three chunks a step, its base recomputing its blocks."""
     base = tiny_base(arch, dtype)
@@ -141,7 +136,7 @@ def trainer(offload: Offload, dtype: torch.dtype = torch.float32, arch: str = "l
     )
     plain = {"data": "x.jsonl", "batch_size": 3, "steps": 4, "max_seq_len": 16, "optimizer": {"lr": 1e-2}}
     data = JobData(examples[:3], examples[3:])
-    made = Trainer(base, plan, _NoWatch())
+    made = Trainer(base, plan, NoWatch())
     made.add(start_job(base, JobConfig.model_validate(plain | fields), data, plan))
     return made, made.jobs["default"]
 

@@ -20,6 +20,7 @@ class Watch:
 
     def __init__(self, device: str):
         self.device = device
+        self.largest = 0  # tokens of a forward so far
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         elif os.access(_CLEAR, os.W_OK):
@@ -29,6 +30,15 @@ class Watch:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return peak_rss()
+
+    def make_room(self, tokens: int) -> None:
+        """Before a forward of so many tokens: where it is the largest so far, give back what smaller ones left.
+
+        That lies in holes too small for it, which glibc would keep beside what it makes for this one.
+        """
+        if tokens > self.largest:
+            self.largest = tokens
+            give_back_freed()
 
 
 def free_memory(device: str) -> int:
@@ -48,6 +58,12 @@ def give_back_large_blocks() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 128 * 1024))
+
+
+def give_back_freed() -> None:
+    """Let glibc return every page that nothing lies in to the system (malloc_trim(3))."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_rss() -> int:

@@ -42,6 +42,10 @@ class Watch(Protocol):
         """Highest use so far, in bytes."""
         ...
 
+    def make_room(self, tokens: int) -> None:
+        """A forward of so many tokens comes next."""
+        ...
+
 
 class Trainer:
     """Trains 1..N jobs on one base. Jobs may come and go between steps.
@@ -222,6 +226,7 @@ class Trainer:
         """
         losses: dict[str, Tensor] = {}
         self.base.model.train()
+        self.watch.make_room(sum(len(chunk.tokens) for chunk in chunks))
         batch = collate(chunks, self.base.min_rows, self.base.device)
         with self.base.routed(batch):  # spans backward: recompute runs there
             hidden = self.base.hidden(batch)
