@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from common import Trained, in_turn, ratios, spread, table, train
 
+from snugtune.memory.plan import HEAD_ROWS
 from snugtune.model.formats import Dense, Format
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.load import format_of, load_config, load_model
@@ -49,7 +50,9 @@ def weights(formats: dict[str, dict[str, Any]]) -> dict[str, tuple[int, float]]:
 
 
 def _plan(pins: dict[str, Any]) -> Plan:
-    return Plan("cpu", micro_batch=1, recompute="none", head_rows=512, threads=torch.get_num_threads(), compute="bf16", **pins)
+    return Plan(
+        "cpu", micro_batch=1, recompute="none", head_rows=HEAD_ROWS, threads=torch.get_num_threads(), compute="bf16", **pins
+    )
 
 
 def _encoded(linears: list[Any], format: Format) -> tuple[int, float]:

@@ -40,7 +40,7 @@ PARTS: dict[str, list[Any]] = {
     "adapters, backward": [routed.Apart.back],
     "attention, forward": [attention._Attention.forward],
     "attention, backward": [attention._Attention.backward],
-    "norms": [norms._RmsNorm.forward, norms._RmsNorm.backward],
+    "norms": [norms._RmsNorm.forward, norms._RmsNorm.backward, norms._again],
     "gated product, and its gradient": [gated.GatedMLP._product, remade.through],
     "softmax of the head": [head._nll],
 }

@@ -1,7 +1,5 @@
 """Jobs over random tokens, for programs that measure steps: nothing is read, tokenised or written."""
 
-import ctypes
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +7,8 @@ import torch
 
 from snugtune.config import JobConfig
 from snugtune.console import quiet_libraries
+from snugtune.memory.budget import give_back_freed
+from snugtune.memory.plan import HEAD_ROWS
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import find_model
 from snugtune.training.examples import JobData
@@ -20,11 +20,16 @@ def loaded(model: str, weights: Width, **knobs: Any) -> tuple[Base, Plan]:
     """(base, plan), and no memory left over from loading. `knobs`: of the plan, where they are not the usual ones."""
     quiet_libraries()
     compute: Dense = "bf16" if weights in NARROW else weights  # pyright: ignore[reportAssignmentType]
-    usual = {"micro_batch": 1, "recompute": "none", "head_rows": 512, "threads": torch.get_num_threads(), "compute": compute}
+    usual = {
+        "micro_batch": 1,
+        "recompute": "none",
+        "head_rows": HEAD_ROWS,
+        "threads": torch.get_num_threads(),
+        "compute": compute,
+    }
     plan = Plan(device="cpu", weights=weights, **usual | knobs)
     base = load_base(find_model(model), plan)
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
     return base, plan
 
 

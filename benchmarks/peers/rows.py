@@ -27,6 +27,7 @@ _NEAT = _LF_FAST | {"packing": True, "neat_packing": True}
 
 ROWS = (
     Row("snugtune", "snugtune", "snugtune, as it comes"),
+    Row("snugtune-three", "snugtune", "snugtune, micro-batch 3, no recompute", _PINNED | {"micro_batch": 3}),
     Row("snugtune-one", "snugtune", "snugtune, micro-batch 1, no recompute", _PINNED),
     Row("snugtune-lean", "snugtune", "snugtune, micro-batch 1, recompute", _PINNED | {"recompute": "blocks"}),
     Row("snugtune-least", "snugtune", "snugtune, in the least memory", _PINNED | _LEAST),

@@ -167,12 +167,31 @@ def test_import_is_light() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_training_a_fresh_adapter_needs_no_peft() -> None:
-    """It would be 60 MiB and seconds (with bitsandbytes, which it imports) of every run, before the first step."""
-    needed = "snugtune.run, snugtune.live, snugtune.prepare, snugtune.tuned, snugtune.session"
-    script = f"import sys, {needed}; print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+WATCHED = """
+import sys, importlib.abc
+from pathlib import Path
+model, data, output = sys.argv[1:]
+metrics = Path(output) / "metrics.jsonl"
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("peft", "bitsandbytes"):
+            print(name, len(metrics.read_text().splitlines()) if metrics.exists() else 0)
+import snugtune, torch, transformers.utils.import_utils
+transformers.utils.import_utils.is_peft_available()  # these look whether it is there, and no more
+transformers.utils.import_utils.is_bitsandbytes_available()
+sys.meta_path.insert(0, Finder())
+snugtune.train(dict(model=model, data=data, output=output, steps=3, batch_size=2, max_seq_len=64))
+"""
+
+
+def test_a_fresh_adapter_trains_without_peft(tmp_path: Path, model_folder: Path) -> None:
+    """It would be 60 MiB and seconds (with bitsandbytes, which it imports) before the first step. Writing needs it."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a question", "completion": "an answer"}\n' * 4)
+    command = [sys.executable, "-c", WATCHED, str(model_folder), str(data), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "peft 3" in done.stdout
+    assert {line.split()[1] for line in done.stdout.splitlines()} == {"3"}, done.stdout
 
 
 def test_names_stay_functions_whatever_is_imported() -> None:

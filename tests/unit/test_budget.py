@@ -9,11 +9,11 @@ import pytest
 from snugtune.memory import budget
 
 SCRIPT = """
-import torch
+import os, torch
 from pathlib import Path
 from snugtune.memory.budget import Watch
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 blocks = [torch.ones(100 << 10, dtype=torch.uint8) for _ in range(3000)]  # too small to be mapped by themselves
 pins = blocks[::30]  # nor can the heap shrink
 full = resident()

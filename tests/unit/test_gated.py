@@ -55,6 +55,17 @@ def test_gradients_are_those_of_the_models_own_module(
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].any() for name in ours)
 
 
+@pytest.mark.parametrize("targets", [MLP_ONLY, ATTENTION_ONLY], ids=["on it", "below it"])
+def test_an_activation_that_gives_back_what_it_is_given(targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`up` must not be multiplied into what is kept for backward."""
+    base = tiny_base("llama", hidden_act="linear")
+    _, ours = _trained(base, targets)
+    monkeypatch.setattr(base_module, "lean_mlps", lambda *_: None)
+    _, theirs = _trained(tiny_base("llama", hidden_act="linear"), targets)
+    assert _lean(base.model)
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].any() for name in ours)
+
+
 @contextmanager
 def _kept() -> Iterator[dict[int, int]]:
     """Bytes of each storage that is kept for backward."""

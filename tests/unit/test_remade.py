@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import nll_packed, packed, sequences, shake, tiny_base
 from snugtune.methods.lora import Lora, LoraConfig
@@ -91,6 +92,39 @@ def test_it_is_made_once_for_all_and_let_go(counted: list[Remade]) -> None:
     assert len(used) == 2 * base.model.config.num_hidden_layers
     assert all(getattr(remade, "times", 0) == 1 for remade in used)
     assert all(remade._tensor is None for remade in used[1:])  # the first norm has no backward: its goes with the graph
+
+
+def test_with_recompute_too(counted: list[Remade], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = _adapted("llama", torch.float32)
+    base.configure(recompute=True, head_rows=256)
+    ours, _ = _trained(base)
+    used = [remade for remade in counted if getattr(remade, "times", 0)]
+    assert len(used) == 2 * base.model.config.num_hidden_layers
+    assert all(getattr(remade, "times", 0) == 1 for remade in used)
+    monkeypatch.setattr(routed, "origin_of", lambda tensor: None)
+    theirs, _ = _trained(_adapted("llama", torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_it_is_made_of_is_let_go_in_backward() -> None:
+    """Even where who asked for the backward still has the tensor, as the trainer has the last norm's."""
+    base = _adapted("llama", torch.float32)
+    states, held = list[Tensor](), list[object]()
+    final = next(m for name, m in base.model.named_modules() if name.endswith("model.norm") or name == "norm")
+    final.register_forward_hook(lambda module, given, y: states.append(given[0]))
+    parts = sequences(*LENGTHS)
+    with base.routed(packed(parts, "j")):
+        hidden = base.hidden(packed(parts, "j"))
+        before = StorageWeakRef(states.pop().untyped_storage())
+        first = next(m for m in base.sites.values())
+        first.slots["j"].a.register_hook(lambda gradient: held.append(before.expired()))  # the last to have its gradient
+        hidden.sum().backward()
+    assert held == [True] and hidden is not None
+
+
+def test_it_can_be_asked_in_inference_mode() -> None:
+    with torch.inference_mode():
+        assert origin_of(torch.ones(2)) is None
 
 
 def test_it_holds_for_the_tensor_as_it_is_alone() -> None:

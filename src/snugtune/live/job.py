@@ -21,6 +21,7 @@ from snugtune.files import user_path
 from snugtune.folder import MODEL_FILE
 from snugtune.live.config import objective_from
 from snugtune.live.examples import CustomLoss, by_example, check_examples, listed, slopes
+from snugtune.memory.budget import give_back_freed
 from snugtune.methods import METHODS
 from snugtune.methods.adapter_folder import CONFIG_FILE
 from snugtune.model.generate import Sampling
@@ -199,6 +200,7 @@ class LiveJob:
         """Write the adapter (or model) folder, whole, as runs leave it; an older one there is replaced. Returns it."""
         trainer, job = self._at_work()
         folder = _place(path, CONFIG_FILE if METHODS[type(job.config.method)].routable else MODEL_FILE)
+        give_back_freed()  # as at the end of a run
         save_artefact(folder, trainer.base, self._bench.plan, job)
         return folder
 

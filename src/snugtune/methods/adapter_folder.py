@@ -4,6 +4,7 @@ PEFT is imported where a folder is read or written, and not before: with what it
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,14 +69,14 @@ def read_adapter(
 
 
 def _read_files(folder: Path) -> "tuple[PeftLoraConfig, dict[str, Tensor]]":
-    from peft import LoraConfig as PeftLoraConfig
-
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder} is not a PEFT adapter folder (no {file})")
     raw = read_json(folder / CONFIG_FILE)
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG_FILE}: peft_type {raw.get('peft_type')!r}; snugtune loads LORA adapters")
+    from peft import LoraConfig as PeftLoraConfig
+
     try:
         config = PeftLoraConfig.from_pretrained(str(folder))
         with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
@@ -140,5 +141,5 @@ def _matched(
         raise InputError(f"{folder}: the weights for '{name}' do not fit '{base_name}'; wrong base?")
     pattern = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
-    scale = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
+    scale = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
     return a, b, float(scale)

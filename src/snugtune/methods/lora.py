@@ -251,7 +251,7 @@ def _shortest(names: tuple[str, ...], modules: Sequence[str]) -> list[str]:
 def _initial(base: Base, name: str, config: LoraConfig) -> Factors:
     """A, B and scale as PEFT makes them: its draws, in its order."""
     width_out, width_in = FrozenLinear.shape_of(base.model.get_submodule(name))
-    r, scale = config.r, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    r, scale = config.r, config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     a, b = (nn.Linear(*widths, bias=False).weight.detach() for widths in ((width_in, r), (r, width_out)))
     if config.init_lora_weights == "orthogonal":  # rows of one half each of an orthogonal matrix: B A = 0
         q = torch.linalg.qr(torch.randn(r, r)).Q

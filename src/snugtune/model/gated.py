@@ -39,7 +39,8 @@ class GatedMLP(nn.Module):
         if self.kernel is not None:
             return self.kernel(gate, up)
         active = getattr(self, self.activation)(gate)
-        return active * up if torch.is_grad_enabled() else active.mul_(up)
+        in_place = not (torch.is_grad_enabled() or active.is_set_to(gate))  # some activations give back what they are given
+        return active.mul_(up) if in_place else active * up
 
 
 def lean_mlps(model: nn.Module, device: torch.device) -> None:

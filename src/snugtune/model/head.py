@@ -56,7 +56,7 @@ class Head:
         self,
         project: nn.Module | None,
         shape: Logits,
-        rows_at_once: int = 512,
+        rows_at_once: int = 256,
         router: Router | None = None,
         segment: Segment | None = None,
     ):

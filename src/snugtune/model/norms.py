@@ -59,7 +59,6 @@ class _RmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x, scale, weight)
         ctx.plus_one, ctx.remade = plus_one, remade
         ctx.mark_non_differentiable(scale)
-        ctx.set_materialize_grads(False)
         return _weighted(wide.mul_(scale), weight, plus_one, x.dtype), scale
 
     @staticmethod

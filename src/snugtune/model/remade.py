@@ -1,5 +1,6 @@
 """What backward makes again instead of keeping it: what a linear is given, where little work makes it of what is kept anyhow."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ class Remade:
     def __init__(self, function: Function):
         self.function = function
         self._tensor: Tensor | None = None
+        self._marked: Callable[[], Tensor | None] = lambda: None  # a weak reference
 
     def of(self, kept: Sequence[Tensor]) -> Tensor:
         """It, of what was kept."""
@@ -24,13 +26,24 @@ class Remade:
             self._tensor = self.function(*kept)
         return self._tensor
 
+    def mark(self, tensor: Tensor, origin: "Origin") -> None:
+        """Let `tensor`, which this makes again, say so."""
+        setattr(tensor, _ORIGIN, (origin, tensor._version))
+        self._marked = weakref.ref(tensor)
+
     def forget(self) -> None:
-        self._tensor = None
+        """All have had it: neither it nor what it is made of is held any more, though the first one may live on."""
+        self._tensor, marked = None, self._marked()
+        if marked is not None:
+            delattr(marked, _ORIGIN)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a tensor was made of: who keeps `inputs` for backward need not keep it. They are kept by who made it anyhow."""
+    """What a tensor was made of: who keeps `inputs` for backward need not keep it.
+
+    They are kept by who made it anyhow, if that has a backward.
+    """
 
     remade: Remade
     inputs: tuple[Tensor, ...]
@@ -38,14 +51,14 @@ class Origin:
 
 def made_of(tensor: Tensor, origin: Origin) -> Tensor:
     """Say of a tensor what it was made of. It holds for this object as it is now, not for views, nor once it is written to."""
-    setattr(tensor, _ORIGIN, (origin, tensor._version))
+    origin.remade.mark(tensor, origin)
     return tensor
 
 
 def origin_of(tensor: Tensor) -> Origin | None:
     """What `made_of` said of it, where that holds still."""
-    origin, version = getattr(tensor, _ORIGIN, (None, None))
-    return origin if version == tensor._version else None
+    said = getattr(tensor, _ORIGIN, None)
+    return said[0] if said is not None and said[1] == tensor._version else None
 
 
 def another(tensor: Tensor) -> Tensor:
