@@ -82,7 +82,7 @@ def _compare(
 
     ours = [t.float().requires_grad_() for t in inputs]
     out, weights = varlen_attention(
-        nn.Identity(), *ours[:3], None, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=max(lengths),
+        nn.Identity(), *ours[:3], None, cu_seq_lens_q=borders, cu_seq_lens_k=borders.tolist(), max_length_q=max(lengths),
         scaling=scale, sliding_window=window, softcap=cap, s_aux=ours[3] if with_sinks else None,
     )  # fmt: skip
     (out * direction.float()).sum().backward()

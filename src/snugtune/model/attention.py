@@ -8,7 +8,7 @@ Shapes: H query heads, K key/value heads, G = H / K, T tokens of the row, L toke
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -41,7 +41,7 @@ def varlen_attention(
     attention_mask: Tensor | None,
     *,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Sequence[int] | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     scaling: float | None = None,
@@ -54,9 +54,10 @@ def varlen_attention(
     """Causal attention of each sequence of a packed row with itself.
 
     query [1, H, T, d], key and value [1, K, T, d]; returns ([1, T, H, d], None) as the interface asks. `sliding_window`
-    counts the keys a query sees, itself included; `cu_seq_lens_k` holds the same borders on the host (reading them there
-    waits for no device); `softcap` is Gemma 2's tanh cap on scores; `s_aux` [H] are GPT-OSS's
-    sink logits. Raises `ValueError` on any keyword it does not know and that is not None: ignoring one is silently wrong.
+    counts the keys a query sees, itself included; `cu_seq_lens_k` are the same borders as plain numbers (reading them waits for
+    no device, and they are known where tensors have no values); `softcap` is Gemma 2's tanh cap on scores; `s_aux` [H] are
+    GPT-OSS's sink logits. Raises `ValueError` on any keyword it does not know and that is not None: ignoring one is silently
+    wrong.
     """
     strangers = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
     if strangers:
@@ -68,7 +69,7 @@ def varlen_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _has_flash(query) and softcap is None and s_aux is None and not dropout:
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
-    borders = (cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k).tolist()
+    borders = cu_seq_lens_q.tolist() if cu_seq_lens_k is None else cu_seq_lens_k
     how = _How(scale, sliding_window, softcap)
     outputs = []
     for start, end in pairwise(borders):

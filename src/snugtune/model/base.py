@@ -78,32 +78,20 @@ class Base:
         self.notes = notes
         self.kernel_notes: tuple[str, ...] = ()
         self.groups = False  # adapters take grouped products
-        self._prove()
+        proved = proofs.prove(model, self.body, self.linear_names, name)
+        self.read_past, self.apart = proved.read_past, proved.apart
+        self.packable = proved.obstacle is None
         if self.packable:
             model.set_attn_implementation(attention.NAME)
+        else:
+            self.notes += (f"sequences of this model cannot share a row ({proved.obstacle}); training one per forward",)
+        self.own_head = proved.head is None
+        self.body = None if proved.head is None else self.body
+        self.head = Head(None, Logits()) if proved.head is None else Head(*proved.head, router=self.router)
         if model.config.model_type in _DRAWS_EXPERTS:
             self.notes += ("it draws its experts at random in training: no two runs are alike, and resuming is not bit-exact",)
         if self.own_head:
             self.notes += ("the model's head is not a plain projection; using its own, unchunked (more memory)",)
-
-    def _prove(self) -> None:
-        """Try what config and names do not tell: causality, what is called in training, packing, the head."""
-        model = self.model
-        if not proofs.is_finite(model, self.body):
-            raise InputError(f"model: the weights of '{self.name}' give states that are not finite; its files may be damaged")
-        if proofs.sees_ahead(model, self.body, self.moe):
-            kind = model.config.model_type
-            raise InputError(f"model: '{self.name}' ({kind}) is not a causal language model: its tokens see those after them")
-        self.read_past = proofs.read_past(model, self.linear_names)
-        obstacle = proofs.packing_obstacle(model, self.body, self.moe)
-        self.packable = obstacle is None
-        self.apart = obstacle or proofs.obstacle_to_sharing(model.config)
-        if obstacle is not None:
-            self.notes += (f"sequences of this model cannot share a row ({obstacle}); training one per forward",)
-        head = proofs.plain_head(model, self.body)
-        self.own_head = head is None
-        self.body = None if self.own_head else self.body
-        self.head = Head(None, Logits()) if head is None else Head(*head, router=self.router)
 
     @property
     def device(self) -> torch.device:

@@ -6,13 +6,15 @@ hidden states, or None. Shapes: T tokens of a row, D model width, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from snugtune.errors import SnugtuneError
+from snugtune.errors import InputError, SnugtuneError
 from snugtune.model import attention
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.head import Logits
@@ -27,6 +29,35 @@ _STATEFUL_LAYERS = ("linear_attention", "mamba", "ssm", "conv", "recurrent", "hy
 _PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 _ALIGNED = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Proved:
+    """What a model was seen to be. `obstacle`: why sequences cannot share a row; `apart`: why several jobs cannot share a
+
+    forward; `head`: the output projection and what becomes of its product, where these give the model's own logits.
+    """
+
+    read_past: frozenset[str]
+    obstacle: str | None
+    apart: str | None
+    head: tuple[nn.Module, Logits] | None
+
+
+def prove(model: PreTrainedModel, body: PreTrainedModel | None, linears: Sequence[str], name: str) -> Proved:
+    """Try what config and names do not tell: causality, what is called in training, packing, the head.
+
+    Raises `InputError` for weights that are damaged and models that are not causal.
+    """
+    moe = experts_of(model.config) is not None
+    if not is_finite(model, body):
+        raise InputError(f"model: the weights of '{name}' give states that are not finite; its files may be damaged")
+    if sees_ahead(model, body, moe):
+        kind = model.config.model_type
+        raise InputError(f"model: '{name}' ({kind}) is not a causal language model: its tokens see those after them")
+    past = read_past(model, linears)
+    obstacle = packing_obstacle(model, body, moe)
+    return Proved(past, obstacle, obstacle or obstacle_to_sharing(model.config), plain_head(model, body))
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
@@ -51,9 +82,9 @@ def states(model: PreTrainedModel, body: PreTrainedModel | None, **inputs: objec
 
 def borders(batch: Batch, device: torch.device) -> dict[str, object]:
     """The keywords that tell our attention where the sequences of a row begin and end."""
-    starts = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    longest = max(batch.lengths)
-    return {"position_ids": batch.position_ids, "cu_seq_lens_q": starts.to(device), "cu_seq_lens_k": starts,
+    starts, longest = tuple(accumulate(batch.lengths, initial=0)), max(batch.lengths)
+    there = torch.tensor(starts, dtype=torch.int32, device=device)
+    return {"position_ids": batch.position_ids, "cu_seq_lens_q": there, "cu_seq_lens_k": starts,
             "max_length_q": longest, "max_length_k": longest}  # fmt: skip
 
 
