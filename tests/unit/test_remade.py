@@ -122,6 +122,15 @@ def test_what_it_is_made_of_is_let_go_in_backward() -> None:
     assert held == [True] and hidden is not None
 
 
+def test_one_can_go_back_twice() -> None:
+    base = _adapted("llama", torch.float32)
+    parts, factor = sequences(*LENGTHS), next(iter(base.sites.values())).slots["j"].a
+    with base.routed(packed(parts, "j")):
+        hidden = base.hidden(packed(parts, "j")).sum()
+        first, second = (torch.autograd.grad(hidden, factor, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.any()
+
+
 def test_it_can_be_asked_in_inference_mode() -> None:
     with torch.inference_mode():
         assert origin_of(torch.ones(2)) is None

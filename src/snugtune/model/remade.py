@@ -35,7 +35,7 @@ class Remade:
         """All have had it: neither it nor what it is made of is held any more, though the first one may live on."""
         self._tensor, marked = None, self._marked()
         if marked is not None:
-            delattr(marked, _ORIGIN)
+            vars(marked).pop(_ORIGIN, None)  # gone already where one goes back twice
 
 
 @dataclass(frozen=True)
