@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from common import Trained, in_turn, ratios, spread, table, train
 
-from snugtune.memory.plan import HEAD_ROWS
 from snugtune.model.formats import Dense, Format
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.load import format_of, load_config, load_model
 from snugtune.model.source import find_model
-from snugtune.types import Plan
+from snugtune.types import HEAD_ROWS, Plan
 
 DATA = Path(__file__).parents[1] / "src" / "snugtune" / "demo_data"
 FORMATS: dict[str, dict[str, Any]] = {

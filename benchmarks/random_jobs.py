@@ -8,12 +8,11 @@ import torch
 from snugtune.config import JobConfig
 from snugtune.console import quiet_libraries
 from snugtune.memory.budget import give_back_freed
-from snugtune.memory.plan import HEAD_ROWS
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import find_model
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
-from snugtune.types import NARROW, Dense, Example, Plan, Width
+from snugtune.types import HEAD_ROWS, NARROW, Dense, Example, Plan, Width
 
 
 def loaded(model: str, weights: Width, **knobs: Any) -> tuple[Base, Plan]:

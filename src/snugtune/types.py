@@ -21,9 +21,11 @@ Offload = Literal["none", "activations", "weights"]
 MIN_ROWS = 16
 """Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""
 
+HEAD_ROWS = 256
+"""Rows of logits alive at a time: with fewer, products with the head take longer on CPU; more take memory alone."""
 
 FULL_FORWARD = 1024
-"""Tokens a forward should at least have room for: with half of that, steps were a seventh slower on 2 CPU cores."""
+"""Tokens a forward should at least have room for: with half of that, steps were a tenth to a seventh slower on 2 CPU cores."""
 
 SHARED_FORWARD = 512
 """The same where several jobs share it: between them more may be in the middle of a step, with gradients."""

@@ -13,13 +13,13 @@ from snugtune.data.render import Renderer
 from snugtune.errors import InputError
 from snugtune.files import whole_folder
 from snugtune.folder import locate
-from snugtune.memory.plan import HEAD_ROWS, Kept
+from snugtune.memory.plan import Kept
 from snugtune.methods.adapter_folder import UNSTAMPED, is_stamped, read_adapter
 from snugtune.model.base import fingerprint, samples_of
 from snugtune.model.frozen import FrozenLinear, thaw_linears
 from snugtune.model.load import DTYPES, load_config, load_frozen, load_model, load_tokenizer, stored_width
 from snugtune.model.source import find_model
-from snugtune.types import Plan, Width
+from snugtune.types import HEAD_ROWS, Plan, Width
 
 BASES = ("original", "dequantized")
 

@@ -9,10 +9,9 @@ import torch
 from snugtune.config import JobConfig, PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS
-from snugtune.types import FULL_FORWARD, NARROW, SHARED_FORWARD, Dense, Offload, OptimizerState, Plan, Recompute, Width
+from snugtune.types import FULL_FORWARD, HEAD_ROWS, NARROW, SHARED_FORWARD, Dense, Offload, OptimizerState, Plan, Recompute, Width
 from snugtune.words import gib
 
-HEAD_ROWS = 256
 _BYTES_A_NUMBER = 16
 """That trains: itself, its gradient and AdamW's two moments, in fp32."""
 _NO_FP16 = "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"

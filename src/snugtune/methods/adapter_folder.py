@@ -1,6 +1,6 @@
 """PEFT's adapter folders: what is read of them, and refused. A file of ours beside PEFT's says which weights it belongs to.
 
-PEFT is imported where a folder is read or written, and not before: with what it imports it takes 60 MiB and two seconds.
+PEFT is imported where a folder is read or written, and not before: with what it imports it takes 60 MiB and a second or two.
 """
 
 import json

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.routed import RoutedLinear, Router
-from snugtune.types import MIN_ROWS, Segment
+from snugtune.types import HEAD_ROWS, MIN_ROWS, Segment
 
 _CACHED = 200_000
 """Logits in fp32 that are passed over at a time: of SmolLM2's vocabulary 4 rows, with 5 it took up to 1.8 times as long."""
@@ -56,7 +56,7 @@ class Head:
         self,
         project: nn.Module | None,
         shape: Logits,
-        rows_at_once: int = 256,
+        rows_at_once: int = HEAD_ROWS,
         router: Router | None = None,
         segment: Segment | None = None,
     ):

@@ -18,7 +18,7 @@ class Remade:
     def __init__(self, function: Function):
         self.function = function
         self._tensor: Tensor | None = None
-        self._marked: Callable[[], Tensor | None] = lambda: None  # a weak reference
+        self.marked: Callable[[], Tensor | None] = lambda: None  # what says so of itself: a weak reference
 
     def of(self, kept: Sequence[Tensor]) -> Tensor:
         """It, of what was kept."""
@@ -26,14 +26,9 @@ class Remade:
             self._tensor = self.function(*kept)
         return self._tensor
 
-    def mark(self, tensor: Tensor, origin: "Origin") -> None:
-        """Let `tensor`, which this makes again, say so."""
-        setattr(tensor, _ORIGIN, (origin, tensor._version))
-        self._marked = weakref.ref(tensor)
-
     def forget(self) -> None:
         """All have had it: neither it nor what it is made of is held any more, though the first one may live on."""
-        self._tensor, marked = None, self._marked()
+        self._tensor, marked = None, self.marked()
         if marked is not None:
             vars(marked).pop(_ORIGIN, None)  # gone already where one goes back twice
 
@@ -51,7 +46,8 @@ class Origin:
 
 def made_of(tensor: Tensor, origin: Origin) -> Tensor:
     """Say of a tensor what it was made of. It holds for this object as it is now, not for views, nor once it is written to."""
-    origin.remade.mark(tensor, origin)
+    setattr(tensor, _ORIGIN, (origin, tensor._version))
+    origin.remade.marked = weakref.ref(tensor)
     return tensor
 
 
