@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from snugtune import __version__, complete, shell, usage
+from snugtune import __version__, allocator, complete, shell, usage
 from snugtune.errors import InputError, Interrupted, SnugtuneError
 
 
@@ -274,4 +274,6 @@ def main() -> None:
     """Entry point of the `snugtune` command and of `python -m snugtune`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+    if sys.argv[1:2] in (["train"], ["demo"]):
+        allocator.start_anew(sys.argv, sys.orig_argv)
     app(prog_name="snugtune")

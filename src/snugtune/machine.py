@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from snugtune.allocator import KNOWN
+
 ROOT = Path("/")
 FEATURES = (
     *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
     *("asimd", "asimdhp", "bf16", "i8mm", "sve"),
 )
 """What decides how fast matrix products are, in the kernel's names: x86-64, then ARM."""
-ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """What bounds the compiled products that are kept: by oneDNN, and by torch's bridge to it (ideep). 1024 each, if not set."""
 KERNELS = 64
@@ -192,7 +193,7 @@ def allocator(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> All
     preload, most = environ.get("LD_PRELOAD"), environ.get("MALLOC_ARENA_MAX")
     loaded = f"{_read(root / 'proc/self/maps') or ''} {preload or ''}"
     own = platform.libc_ver()[0] or sys.platform
-    name = next((a for a in ALLOCATORS if f"lib{a}" in loaded), own)
+    name = next((a for a in KNOWN if f"lib{a}" in loaded), own)
     arenas = None
     if name == "glibc":
         arenas = int(most) if most and most.isdigit() and int(most) else 8 * (os.cpu_count() or 1)  # mallopt(3), M_ARENA_MAX

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from snugtune.allocator import give_back_large_blocks
 from snugtune.config import RunConfig
 from snugtune.data.cache import tokenizer_identity
 from snugtune.errors import InputError
@@ -11,7 +12,7 @@ from snugtune.files import user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.machine import keep_few_kernels
-from snugtune.memory.budget import Watch, free_memory, give_back_large_blocks
+from snugtune.memory.budget import Watch, free_memory
 from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
 from snugtune.methods import METHODS
 from snugtune.model.base import Base, load_base

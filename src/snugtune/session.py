@@ -9,10 +9,10 @@ from functools import cached_property
 from types import FrameType
 from typing import Any
 
+from snugtune.allocator import give_back_freed
 from snugtune.config import RunConfig
 from snugtune.errors import SnugtuneError, StorageError
 from snugtune.folder import RunFolder
-from snugtune.memory.budget import give_back_freed
 from snugtune.memory.plan import Planned
 from snugtune.tracking import Tracking
 from snugtune.training.artefact import save_artefact

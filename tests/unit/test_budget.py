@@ -38,7 +38,7 @@ def test_holes_are_given_back_before_a_larger_forward() -> None:
 
 def test_nothing_is_given_back_before_one_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
     times = []
-    monkeypatch.setattr(budget, "give_back_freed", lambda: times.append(1))
+    monkeypatch.setattr(budget.allocator, "give_back_freed", lambda: times.append(1))
     watch = budget.Watch("cpu")
     for tokens, before in ((100, 1), (100, 1), (50, 1), (101, 2), (100, 2), (300, 3)):
         watch.make_room(tokens)

@@ -6,12 +6,13 @@ The verbs are Tinker's: forward_backward, forward_backward_custom, optim_step, s
 from collections.abc import Mapping
 from typing import Any
 
+from snugtune.allocator import give_back_large_blocks
 from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.live.config import Opening, job_config, validated
 from snugtune.live.job import Bench, LiveJob, PassMetrics, failure_of
 from snugtune.machine import keep_few_kernels
-from snugtune.memory.budget import Watch, give_back_large_blocks
+from snugtune.memory.budget import Watch
 from snugtune.memory.plan import check_job, plan_for
 from snugtune.methods import METHODS
 from snugtune.model.base import Base, load_base

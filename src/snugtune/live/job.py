@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snugtune.allocator import give_back_freed
 from snugtune.data.pack import even_fit, make_chunk
 from snugtune.data.render import Renderer
 from snugtune.errors import DivergedError, InputError, JobFailedError
@@ -21,7 +22,6 @@ from snugtune.files import user_path
 from snugtune.folder import MODEL_FILE
 from snugtune.live.config import objective_from
 from snugtune.live.examples import CustomLoss, by_example, check_examples, listed, slopes
-from snugtune.memory.budget import give_back_freed
 from snugtune.methods import METHODS
 from snugtune.methods.adapter_folder import CONFIG_FILE
 from snugtune.model.generate import Sampling

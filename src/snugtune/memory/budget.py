@@ -1,18 +1,15 @@
-"""How much memory this process has used and may use, and what its allocator gives back."""
+"""How much memory this process has used and may use."""
 
-import ctypes
 import os
-import platform
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
-from snugtune import machine
+from snugtune import allocator, machine
 
 _CLEAR = Path("/proc/self/clear_refs")
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 class Watch:
@@ -34,11 +31,11 @@ class Watch:
     def make_room(self, tokens: int) -> None:
         """Before a forward of so many tokens: where it is the largest so far, give back what smaller ones left.
 
-        That lies in holes too small for it, which glibc would keep beside what it makes for this one.
+        That lies in holes too small for it, which glibc would keep beside what it makes for this one, as mimalloc may.
         """
         if tokens > self.largest:
             self.largest = tokens
-            give_back_freed()
+            allocator.give_back_freed()
 
 
 def free_memory(device: str) -> int:
@@ -47,23 +44,6 @@ def free_memory(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     ram = machine.memory()
     return ram.available if ram.limit_free is None else min(ram.available, ram.limit_free)
-
-
-def give_back_large_blocks() -> bool:
-    """Let glibc return every freed block from 128 KiB on to the system at once; says whether it took the setting.
-
-    By itself it raises that limit to the largest block freed so far, and keeps what weights that come and go leave behind:
-    220 MiB of a streamed 7B's peak (mallopt(3), M_MMAP_THRESHOLD).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 128 * 1024))
-
-
-def give_back_freed() -> None:
-    """Let glibc return every page that nothing lies in to the system (malloc_trim(3))."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_rss() -> int:

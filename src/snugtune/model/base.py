@@ -47,7 +47,7 @@ class Base:
 
     `packable` says whether several sequences may share a row (decided by rule and proved at construction); `apart` why
     several jobs cannot share a forward, if so; `moe` whether experts see neighbours' rows; `notes` what the user should be
-    told, `kernel_notes` too, once it is frozen; `fingerprint` identifies the weights.
+    told, `kernel_notes` too, once it is frozen; `fingerprint` identifies the weights. `proved`: what is known of it already.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Base:
         name: str,
         notes: tuple[str, ...] = (),
         identity: str | None = None,
+        proved: proofs.Proved | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -68,7 +69,7 @@ class Base:
         model.get_input_embeddings().register_forward_hook(self._perturb)
         forget_lengths(model)
         self.frozen = False
-        self.body = _find_body(model)  # None: only the model as a whole can be called, and gives logits
+        self.body = find_body(model)  # None: only the model as a whole can be called, and gives logits
         self.native_attention = str(model.config._attn_implementation)
         self.fingerprint = identity or fingerprint(samples_of(model))
         linears = {n: m for n, m in model.named_modules() if FrozenLinear.takes(m) or isinstance(m, FrozenLinear)}
@@ -78,7 +79,7 @@ class Base:
         self.notes = notes
         self.kernel_notes: tuple[str, ...] = ()
         self.groups = False  # adapters take grouped products
-        proved = proofs.prove(model, self.body, self.linear_names, name)
+        proved = proved or proofs.prove(model, self.body, self.linear_names, name)
         self.read_past, self.apart = proved.read_past, proved.apart
         self.packable = proved.obstacle is None
         if self.packable:
@@ -296,7 +297,7 @@ def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False, 
     return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), identity)
 
 
-def _find_body(model: PreTrainedModel) -> PreTrainedModel | None:
+def find_body(model: PreTrainedModel) -> PreTrainedModel | None:
     """The part that gives hidden states: `get_decoder()`, which guesses by names, or else the inner model without a head."""
     candidates = (model.get_decoder(), model.base_model, *model.children())
     inner = (m for m in candidates if isinstance(m, PreTrainedModel) and m is not model)

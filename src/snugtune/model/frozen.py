@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from snugtune.model.formats import W8A8, Dense, Format, Int8, Parts
 from snugtune.model.remade import Function, again, through
+from snugtune.model.trial import drawn, twin_of
+
+_TRIED = (24, 16)
 
 
 class FrozenLinear(nn.Linear):
@@ -123,10 +126,17 @@ class _Frozen(torch.autograd.Function):
 
 
 def _computes_linear(module: nn.Linear) -> bool:
+    """Tried with a small weight in the place of its own, which may have no values."""
+    own, bias = module.weight, module.bias
+    weight = drawn(_TRIED, own.dtype, own.device)
+    twin = twin_of(module, {own: weight} | ({} if bias is None else {bias: drawn(_TRIED[:1], bias.dtype, bias.device, seed=1)}))
     with torch.no_grad():
-        x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
-        out = module(x)
-        return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-4)
+        x = torch.linspace(-1, 1, _TRIED[1]).to(weight)[None]
+        try:
+            out = twin(x)
+        except RuntimeError:  # it takes its weight for something of a certain shape
+            return False
+        return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, weight, twin.bias), rtol=1e-2, atol=1e-4)  # pyright: ignore[reportArgumentType]
 
 
 def take_products(model: nn.Module, format: Int8) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.liger import Product, agrees
+from snugtune.model.trial import drawn, kind_of, twin_of
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _ROWS = 32
-_PLAIN = (bool, int, float, str, type(None))
+_WIDTH, _INNER = 64, 96
 
 
 class GatedMLP(nn.Module):
@@ -39,7 +40,8 @@ class GatedMLP(nn.Module):
         if self.kernel is not None:
             return self.kernel(gate, up)
         active = getattr(self, self.activation)(gate)
-        in_place = not (torch.is_grad_enabled() or active.is_set_to(gate))  # some activations give back what they are given
+        given_back = active.untyped_storage()._cdata == gate.untyped_storage()._cdata  # some activations do so
+        in_place = not (torch.is_grad_enabled() or given_back)
         return active.mul_(up) if in_place else active * up
 
 
@@ -51,16 +53,11 @@ def lean_mlps(model: nn.Module, device: torch.device) -> None:
             if (activation := _activation_of(child)) is None:
                 continue
             lean = GatedMLP(child, activation)
-            kind = (_kind(child), _kind(child.get_submodule(activation)))
+            kind = (kind_of(child), kind_of(child.get_submodule(activation)))
             if kind not in seen:
-                seen[kind] = _same(child, lean, device)
+                seen[kind] = _same(child, activation, device)
             if seen[kind]:
                 setattr(parent, name, lean)
-
-
-def _kind(module: nn.Module) -> object:
-    """What decides what a module computes, besides its weights: its code, and the settings of this one."""
-    return type(module), frozenset((k, v) for k, v in vars(module).items() if isinstance(v, _PLAIN) and k != "training")
 
 
 def _activation_of(module: nn.Module) -> str | None:
@@ -75,13 +72,18 @@ def _activation_of(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _same(own: nn.Module, lean: GatedMLP, device: torch.device) -> bool:
-    """Tried on states of very different sizes: some models clamp what is large."""
-    gate = lean.get_submodule(_LINEARS[0])
+def _same(own: nn.Module, activation: str, device: torch.device) -> bool:
+    """Tried with small linears in the place of its own, which may have no values; on states of very different sizes, as some
+
+    models clamp what is large.
+    """
+    shapes = dict(zip(_LINEARS, ((_INNER, _WIDTH), (_INNER, _WIDTH), (_WIDTH, _INNER)), strict=True))
+    gate = own.get_submodule(_LINEARS[0])
     assert isinstance(gate, FrozenLinear)
-    sizes = torch.logspace(-2, 4, _ROWS)[:, None]
-    x = torch.randn(1, _ROWS, gate.in_features, generator=torch.Generator().manual_seed(0)) * sizes
-    theirs, ours = (module(x.to(device, gate.dtype)) for module in (own, lean))
+    twin = twin_of(own, {own.get_submodule(n): FrozenLinear.dense(drawn(s, gate.dtype, device)) for n, s in shapes.items()})
+    x = torch.randn(1, _ROWS, _WIDTH, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, _ROWS)[:, None]
+    x = x.to(twin.get_submodule(_LINEARS[0]).get_buffer("stored_dense"))
+    theirs, ours = (module(x) for module in (twin, GatedMLP(twin, activation)))
     return theirs.dtype == ours.dtype and bool(((theirs == ours) | (theirs.isnan() & ours.isnan())).all())
 
 
@@ -91,7 +93,7 @@ def take_kernels(model: nn.Module, kernels: Mapping[str, Product], dtype: torch.
     If they are there and agree with all of them, else none. Whether they do.
     """
     lean = [module for module in model.modules() if isinstance(module, GatedMLP)]
-    kinds = {(_kind(mlp.get_submodule(mlp.activation)), _width(mlp)): mlp for mlp in lean}
+    kinds = {(kind_of(mlp.get_submodule(mlp.activation)), _width(mlp)): mlp for mlp in lean}
     if not all(_agrees(mlp, kernels.get(_name(mlp)), dtype, device) for mlp in kinds.values()):
         return False
     for mlp in lean:

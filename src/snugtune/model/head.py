@@ -157,7 +157,7 @@ class _FrozenNll(torch.autograd.Function):
 
 def _few(raw: Tensor) -> Iterator[slice]:
     """Rows whose logits in fp32 stay in the processor's cache: passing over them again and again costs little there."""
-    count = max(2, _CACHED // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
+    count = max(2, _CACHED // raw.shape[1]) if raw.device.type != "cuda" else len(raw)
     return (slice(start, start + count) for start in range(0, len(raw), count))
 
 

@@ -88,7 +88,7 @@ def load_model(
     source: ModelSource, config: PretrainedConfig, width: Width, device: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model with its dropouts off, in `width` on `device`, from safetensors alone. Refuses missing weights."""
-    notes = _silence_dropouts(config)
+    notes = silence_dropouts(config)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source.location,
@@ -114,7 +114,7 @@ def load_frozen(
     Also the samples of all weights (see `fingerprint`). Head, embeddings and norms are dense. Under plan.offload: weights
     those of the blocks stay on disk (see `offload`). Raises `InputError` and `StorageError`.
     """
-    notes = _silence_dropouts(config)
+    notes = silence_dropouts(config)
     said = config.__dict__.pop("quantization_config", None)  # what the checkpoint keeps in fewer bits is read below
     checkpoint = _opened(source)
     if bool(checkpoint.stored) != bool(said):
@@ -243,7 +243,7 @@ def _check_whole(source: ModelSource, info: Any) -> list[str]:
     return [f"{len(unused)} {what} ({unused[0]}, ...)"] if unused else []
 
 
-def _silence_dropouts(config: Any) -> list[str]:
+def silence_dropouts(config: Any) -> list[str]:
     """Set the base's own dropouts to 0: they draw from the global generator, which would tie jobs to one another."""
     named = {k: v for k, v in config.to_dict().items() if "drop" in k or "jitter" in k}
     alive = [k for k, v in named.items() if isinstance(v, float) and v > 0 and (config.model_type, k) not in _NO_NOISE]

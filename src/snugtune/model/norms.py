@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from snugtune.model.liger import Norm, agrees
 from snugtune.model.remade import Origin, Remade, made_of
+from snugtune.model.trial import drawn, kind_of, twin_of
 
 _EPSILONS = ("variance_epsilon", "eps")
 _ROWS = 16
@@ -77,24 +78,39 @@ class _RmsNorm(torch.autograd.Function):
 
 def lean_norms(model: nn.Module, dtype: torch.dtype) -> None:
     """Put a `LeanNorm` in the place of every norm of `model` that is seen to compute the same. States come in `dtype`."""
+    seen = dict[object, bool | None]()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            lean = _lean(child, dtype)
-            if lean is not None:
-                setattr(parent, name, lean)
+            if (eps := _epsilon(child)) is None:
+                continue
+            weight = child.get_parameter("weight")
+            kind = (kind_of(child), weight.shape, weight.dtype)
+            if kind not in seen:
+                seen[kind] = _way(child, eps, dtype)
+            if (plus_one := seen[kind]) is not None:
+                setattr(parent, name, LeanNorm(child, eps, plus_one))
 
 
-def _lean(own: nn.Module, dtype: torch.dtype) -> LeanNorm | None:
-    """What computes the same as `own`, to the bit, in one of the ways known here; None if nothing does."""
+def _epsilon(own: nn.Module) -> float | None:
+    """That of a module which may be a norm as these are; else None."""
     names = [name for name, _ in (*own.named_parameters(), *own.named_buffers(), *own.named_children())]
     eps = next((getattr(own, name) for name in _EPSILONS if isinstance(getattr(own, name, None), float)), None)
     if names != ["weight"] or eps is None or own.get_parameter("weight").dim() != 1 or isinstance(own, nn.LayerNorm):
         return None
     if len(inspect.signature(own.forward).parameters) != 1:  # Zamba's is given a gate, too
         return None
-    candidates = (LeanNorm(own, eps, plus_one) for plus_one in (False, True))
-    kinds = (dtype, own.get_parameter("weight").dtype)  # some weights are kept in fp32
-    return next((lean for lean in candidates if all(_same(own, lean, kind) for kind in kinds)), None)
+    return eps
+
+
+def _way(own: nn.Module, eps: float, dtype: torch.dtype) -> bool | None:
+    """How to compute the same as `own`, to the bit: whether with `plus_one`; None if neither does.
+
+    Tried with a weight of its own making: that of `own` may have no values.
+    """
+    weight = own.get_parameter("weight")
+    twin = twin_of(own, {weight: drawn(tuple(weight.shape), weight.dtype, weight.device)})
+    kinds = (dtype, weight.dtype)  # some weights are kept in fp32
+    return next((way for way in (False, True) if all(_same(twin, LeanNorm(twin, eps, way), kind) for kind in kinds)), None)
 
 
 @torch.no_grad()

@@ -60,6 +60,13 @@ def prove(model: PreTrainedModel, body: PreTrainedModel | None, linears: Sequenc
     return Proved(past, obstacle, obstacle or obstacle_to_sharing(model.config), plain_head(model, body))
 
 
+def presume(model: PreTrainedModel, body: PreTrainedModel | None) -> Proved:
+    """What a model's config lets one expect of it, before it has weights."""
+    obstacle, project = _known_obstacle(model), model.get_output_embeddings()
+    head = None if body is None or project is None else (project, _logit_shapes(model.config)[-1])
+    return Proved(frozenset(), obstacle, obstacle or obstacle_to_sharing(model.config), head)
+
+
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
     """The number format that the model computes in."""
     return model.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]

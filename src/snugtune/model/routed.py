@@ -165,8 +165,7 @@ class Mask:
         if self.p == 0.0:
             return x
         digest = hashlib.blake2b(f"{self.seed}:{self.site}".encode(), digest_size=8).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+        kept = uniform(x.shape, int.from_bytes(digest, "little") >> 1, x.device) >= self.p
         return torch.where(kept, x / (1.0 - self.p), 0.0)
 
 
@@ -245,6 +244,12 @@ class _Routed(torch.autograd.Function):
         dx = ctx.frozen.matmul_t(grads[0]) if any(before) else None
         factor_grads = ctx.products.back(x.detach(), grads[0], dx)
         return None, None, None, None, None, *through(x, inputs, dx, before), *factor_grads
+
+
+def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1), fp32: a pure function of the seed. On the meta device, which has no generator, just their shape."""
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+    return torch.rand(shape, generator=generator, device=device)
 
 
 def drop(x: Tensor, mask: Mask | None) -> Tensor:

@@ -307,8 +307,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
-    """Attach the job's method to the base and set up its optimizer, at step 0."""
+    """Attach the job's method to the base and set up its optimizer, at step 0. Raises `InputError`."""
     check_fits(base, config, data)
+    return new_job(base, config, data, plan)
+
+
+def new_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
+    """The same without a look at the data."""
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
     attached.drop_grad()  # until its turn comes
     return Job(

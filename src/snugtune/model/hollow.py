@@ -1,0 +1,63 @@
+"""A base without weights: everything it does can be traced, and nothing is loaded.
+
+The model is built on torch's meta device: tensors have shapes there, operators and autograd run, and nothing has memory.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from snugtune.errors import InputError
+from snugtune.model import proofs
+from snugtune.model.base import Base, find_body
+from snugtune.model.frozen import FrozenLinear
+from snugtune.model.load import DTYPES, format_of, silence_dropouts
+from snugtune.model.offload import blocks_of
+from snugtune.model.quantize import kept_in_fp32, narrowable
+from snugtune.types import NARROW, Plan
+
+
+def hollow_model(config: PretrainedConfig, plan: Plan, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config on the meta device, its linears in the plan's format. Raises `InputError` for an odd config."""
+    config = copy.deepcopy(config)
+    silence_dropouts(config)
+    config.__dict__.pop("quantization_config", None)
+    dtype = DTYPES[plan.compute]
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # an odd config.json can trip any model's constructor up in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model: cannot build a {config.model_type} of its config: {reason}") from error
+    wide = kept_in_fp32(model, dtype)
+    for name, parameter in model.named_parameters():
+        if wide(name):
+            parameter.data = parameter.data.float()
+    if plan.weights in NARROW or plan.offload == "weights":
+        _narrow(model, plan)
+    return model
+
+
+def _narrow(model: PreTrainedModel, plan: Plan) -> None:
+    format = format_of(plan)
+    for name, site in narrowable(model, DTYPES[plan.compute]).items():
+        parts = {k: torch.empty(shape, dtype=d, device="meta") for k, (d, shape) in format.layout(*site.shape).items()}
+        parent, _, leaf = name.rpartition(".")
+        bias = model.get_submodule(name).bias
+        layer = FrozenLinear(format, parts, site.shape, bias if isinstance(bias, Tensor) else None, site.dtype, site.transposed)
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def keep_blocks(model: PreTrainedModel, count: int) -> None:
+    """Leave out all blocks but the first `count`."""
+    for name in reversed(blocks_of(model)[count:]):
+        parent, _, index = name.rpartition(".")
+        del cast(nn.ModuleList, model.get_submodule(parent))[int(index)]
+
+
+def hollow_base(model: PreTrainedModel, name: str) -> Base:
+    """A `Base` of `hollow_model`'s. It has no tokenizer."""
+    return Base(model, cast(Any, None), name, identity="hollow", proved=proofs.presume(model, find_body(model)))
