@@ -59,6 +59,13 @@ def start_anew(argv: Sequence[str], started_as: Sequence[str]) -> None:
         os.execve(sys.executable, [sys.executable, *started_as[1:]], chosen)
 
 
+def name() -> str:
+    """That of this process: one of `KNOWN` that it has mapped, else the system's own (glibc, ...)."""
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text(encoding="utf-8", errors="replace") if maps.exists() else ""
+    return next((known for known in KNOWN if f"lib{known}" in mapped), platform.libc_ver()[0] or sys.platform)
+
+
 def give_back_freed() -> None:
     """Return every page that nothing lies in to the system (malloc_trim(3), or what mimalloc has for it)."""
     library = ctypes.CDLL(None)

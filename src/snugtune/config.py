@@ -23,6 +23,7 @@ from snugtune.objectives import ObjectiveConfig
 from snugtune.objectives.sft import SftConfig
 from snugtune.optim import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
 from snugtune.schema import Config
+from snugtune.words import bytes_of
 
 DEFAULT_JOB = "default"
 _NAMES = "letters, digits, '.', '_' and '-', at most 64, the first a letter or a digit"
@@ -239,6 +240,9 @@ class PlanConfig(Config):
         default="auto",
         description="weights: those of the blocks stay on disk; activations: the blocks' inputs do, with recompute",
     )
+    exact: bool = Field(
+        default=False, description="never choose a base in fewer bits, nor optimizer state, where that is left to the planner"
+    )
     execution: Literal["auto", "fused", "interleaved"] = Field(
         default="auto",
         description="several jobs: fused: they share forwards; interleaved: they take turns; the results are equal",
@@ -272,12 +276,24 @@ class RunConfig(JobFields):
     model: str = Field(min_length=1, description="hub id, local folder, .gguf file, or 'demo'")
     output: str = Field(min_length=1, description="folder of the run's results")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train")
+    memory: str | None = Field(
+        default=None, description="the most memory that this process may use on the device, as 8GiB (default: what is free there)"
+    )
     checkpoint_every: int | None = Field(default=None, ge=1, description="optimizer steps between checkpoints (default: a tenth)")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints to keep")
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model; only for sources you trust")
     tracking: tuple[Tracker, ...] = Field(default=(), description="experiment trackers that are given the metrics as well")
     plan: PlanConfig = Field(default=PlanConfig(), description="pins for the planner's knobs")
     jobs: tuple[dict[str, Any], ...] = Field(default=(), description="jobs sharing the base; each overrides the fields above")
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise ValueError(f"{value} has no unit; write 8GiB or 500MiB")
+        if isinstance(value, str) and bytes_of(value) <= 0:
+            raise ValueError("must be more than nothing")
+        return value
 
     @field_validator("tracking", mode="before")
     @classmethod

@@ -15,6 +15,12 @@ class InputError(SnugtuneError):
     """A config, data file, model, adapter or output folder that cannot be used as it is."""
 
 
+class DoesNotFitError(SnugtuneError):
+    """No plan stays within the memory budget; the message says by how much, and what would."""
+
+    exit_code = 3
+
+
 class StorageError(SnugtuneError):
     """The disk refused a write (full, read-only, no permission). Nothing half-written is left behind."""
 

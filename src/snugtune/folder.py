@@ -10,6 +10,7 @@ from snugtune.config import JobConfig, RunConfig, read_config
 from snugtune.config_yaml import read_yaml
 from snugtune.errors import InputError
 from snugtune.files import is_leftover, read_json, user_path, write_whole
+from snugtune.memory.fit import CHOSEN, Fitted
 from snugtune.memory.plan import Kept, Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.adapter_folder import CONFIG_FILE
@@ -129,9 +130,10 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{self.plan}: {error}; bring back what the run wrote") from error
 
-    def write_plan(self, planned: Planned, peak: int | None) -> None:
-        """`peak`: measured, in bytes; None while the run goes on."""
-        content = {"plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
+    def write_plan(self, planned: Planned, peak: int | None, fitted: Fitted | None = None) -> None:
+        """`peak`: measured, in bytes; None while the run goes on. What an earlier session knew of how it was chosen stays."""
+        chosen = {k: v for k, v in self.read_plan().items() if k in CHOSEN} if fitted is None else fitted.facts()
+        content = {**chosen, "plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
         write_whole(self.plan, json.dumps(content, indent=2) + "\n")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from snugtune.allocator import give_back_large_blocks
 from snugtune.config import RunConfig
@@ -13,10 +14,11 @@ from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.machine import keep_few_kernels
 from snugtune.memory.budget import Watch, free_memory
+from snugtune.memory.choose import Model, planned_within
 from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
 from snugtune.methods import METHODS
-from snugtune.model.base import Base, load_base
-from snugtune.model.load import load_config, stored_width
+from snugtune.model.base import Base, Found, load_base
+from snugtune.model.load import load_config, load_tokenizer, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.selftest import check_gradients
 from snugtune.model.source import ModelSource, Say, find_model
@@ -40,23 +42,29 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     checkpoint = latest_checkpoint(folder.checkpoints)
     source = find_model(config.model, observer.note)
     model_config = load_config(source, config.trust_remote_code)
-    planned = (
-        make_plan(config, stored_width(source, model_config), obstacle_to_sharing(model_config))
-        if checkpoint is None
-        else _planned_before(checkpoint)
-    )
+    stored, apart = stored_width(source, model_config), obstacle_to_sharing(model_config)
+    if checkpoint is None:
+        make_plan(config, stored, apart)  # a pin that cannot be had is told of before the data is tokenised
+    found = load_tokenizer(source, config.trust_remote_code)
+    data = _tokenised(config, texts, found[0], observer)
+    fitted = None
+    if checkpoint is None:
+        fitted = planned_within(config, Model(source, model_config, stored, apart), data, observer.note)
+        planned = fitted.chosen.planned
+    else:
+        planned = _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
     keep_few_kernels(len(texts) if planned.plan.fused_tokens else 1)  # before the first product
     if planned.plan.offload == "weights" and give_back_large_blocks():
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device)
-    base = _load(source, planned, checkpoint, config, observer)
-    data = _tokenised(config, texts, base, observer)
+    base = _load(source, planned, checkpoint, config, observer, found)
     if checkpoint is None and config.plan.execution == "auto" and planned.plan.fused_tokens:
         planned = _settled(planned, config, data, base, observer.note)
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
+    session.fitted = fitted
     session.data = {name: known.summary() for name, known in data.items()}
     try:
         _start_jobs(session, data, checkpoint, observer)
@@ -86,11 +94,13 @@ def _settled(planned: Planned, config: RunConfig, data: Mapping[str, JobData], b
     return found
 
 
-def _tokenised(config: RunConfig, texts: Mapping[str, JobText], base: Base, observer: Observer) -> dict[str, JobData]:
+def _tokenised(
+    config: RunConfig, texts: Mapping[str, JobText], tokenizer: PreTrainedTokenizerBase, observer: Observer
+) -> dict[str, JobData]:
     """Each job's data, with what there is to say of it."""
-    identity, found = tokenizer_identity(base.tokenizer), dict[str, JobData]()
+    identity, found = tokenizer_identity(tokenizer), dict[str, JobData]()
     for job in config.resolved_jobs():
-        found[job.name] = tokenize_job(job, texts[job.name], base.tokenizer, observer.track, observer.note, identity)
+        found[job.name] = tokenize_job(job, texts[job.name], tokenizer, observer.track, observer.note, identity)
         for remark in found[job.name].remarks:
             observer.note(f"data ({job.name}): {remark}")
     return found
@@ -113,11 +123,13 @@ def _start_jobs(session: Session, data: Mapping[str, JobData], checkpoint: Check
         observer.note(f"kernels: {note}")
 
 
-def _load(source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, config: RunConfig, observer: Observer) -> Base:
+def _load(
+    source: ModelSource, planned: Planned, checkpoint: Checkpoint | None, config: RunConfig, observer: Observer, found: Found
+) -> Base:
     """The base, with what there is to say of it. Raises `InputError` where it is not that of the checkpoint."""
     for reason in planned.reasons:
         observer.note(f"plan: {reason}")
-    base = load_base(source, planned.plan, config.trust_remote_code, observer.note)
+    base = load_base(source, planned.plan, config.trust_remote_code, observer.note, found)
     for note in base.notes:
         observer.note(f"model: {note}")
     if checkpoint is not None and checkpoint.base != base.fingerprint:

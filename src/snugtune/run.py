@@ -79,14 +79,14 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         _warn(session, observer)
         if session.parked or any(job.failure for job in session.ended):
             _fail(session, observer, seconds)
-        folder.write_plan(session.planned, session.trainer.watch.peak())
+        folder.write_plan(session.planned, session.trainer.watch.peak(), session.fitted)
         drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
 
 
 def _write_outset(session: Session) -> None:
     """What is known of a run before it trains."""
-    session.folder.write_plan(session.planned, None)
+    session.folder.write_plan(session.planned, None, session.fitted)
     write_whole(session.folder.data, json.dumps(session.data, indent=2) + "\n")
 
 

@@ -13,6 +13,7 @@ from snugtune.allocator import give_back_freed
 from snugtune.config import RunConfig
 from snugtune.errors import SnugtuneError, StorageError
 from snugtune.folder import RunFolder
+from snugtune.memory.fit import Fitted
 from snugtune.memory.plan import Planned
 from snugtune.tracking import Tracking
 from snugtune.training.artefact import save_artefact
@@ -38,6 +39,7 @@ class Session:
     folder: RunFolder
     planned: Planned
     trainer: Trainer
+    fitted: Fitted | None = None  # how the plan was chosen, in a run's first session
     ended: list[Ended] = field(default_factory=list)  # finished, or given up
     errors: dict[str, Exception] = field(default_factory=dict)  # what broke jobs in this session
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> what its data is

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from snugtune import doctor, gemm, machine
+from snugtune import allocator, doctor, gemm, machine
 from snugtune.console import Console
 
 KEYS = """\
@@ -223,7 +223,7 @@ def test_folder_counts_what_it_holds(tmp_path: Path) -> None:
 def test_allocator(tmp_path: Path) -> None:
     glibc = machine.allocator({}, written(tmp_path, {"proc/self/maps": "7f00 r-xp /usr/lib/libc.so.6\n"}))
     assert (glibc.ld_preload, glibc.malloc_arena_max) == (None, None)
-    assert glibc.name not in machine.ALLOCATORS and (glibc.arenas or 8) >= 8
+    assert glibc.name not in allocator.KNOWN and (glibc.arenas or 8) >= 8
     preloaded = machine.allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2", "MALLOC_ARENA_MAX": "2"}, tmp_path / "none")
     assert (preloaded.name, preloaded.malloc_arena_max, preloaded.arenas) == ("jemalloc", "2", None)
     assert machine.allocator({"MALLOC_ARENA_MAX": "2"}, tmp_path / "none").arenas in (2, None)  # None: not glibc

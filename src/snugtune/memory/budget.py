@@ -48,10 +48,19 @@ def free_memory(device: str) -> int:
 
 def peak_rss() -> int:
     """The process's highest resident set so far (VmHWM), in bytes."""
+    return _told("VmHWM")
+
+
+def resident() -> int:
+    """What of the process is in memory now, in bytes; where the system does not say, the highest so far."""
+    return _told("VmRSS")
+
+
+def _told(field: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

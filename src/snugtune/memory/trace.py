@@ -1,4 +1,4 @@
-"""What a step holds at its peaks, counted by running the trainer's own step on tensors without values.
+"""What a step holds at its peaks, counted by running the trainer's own step on tensors without memory.
 
 Nothing here knows what a step does: whatever storage an operator makes is counted from then until it is freed, so a change
 of the code changes the count with it.
@@ -11,30 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from snugtune.config import JobConfig
 from snugtune.model.base import Base
+from snugtune.model.frozen import FrozenLinear
+from snugtune.model.offload import blocks_of
+from snugtune.optim.narrow import SMALLEST
 from snugtune.training.examples import JobData
-from snugtune.training.job import Job, new_job
+from snugtune.training.job import Job, new_job, stepped
 from snugtune.training.trainer import Trainer
 from snugtune.types import Chunk, Plan
 
 Phase = Literal["body", "head", "backward"]
 """Of a forward and its backward: up to the hidden states; scores and their gradient; back through the body."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes alive at one moment, by the phase that they were made in."""
-
-    made_in: Mapping[Phase, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.made_in.values())
+Held = Mapping[Phase, float]
+"""Bytes alive at one moment, by the phase that they were made in."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +36,14 @@ class Trace:
     """The fullest moment of each phase, and what is at rest meanwhile. All in bytes."""
 
     peaks: Mapping[Phase, Held]
-    weights: int  # of the base
-    trained: int  # what trains: adapters, or masters where they are not the weights themselves
-    gradients: int
+    weights: float  # of the base
+    linears: float  # of these, those of frozen linears in blocks
+    block: float  # of the largest block's
+    trained: float  # what trains: adapters, or masters where they are not the weights themselves
+    gradients: float
+    matrices: Mapping[tuple[int, ...], float]  # shape of what the optimizer is given -> how many of it
+    flat: float  # numbers in vectors that it is given, adapters in one piece
+    small: float  # numbers in short ones
 
 
 class Ledger(TorchDispatchMode):
@@ -73,8 +72,8 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._freed, key, self.phase, storage.nbytes())
         self.live[self.phase] += storage.nbytes()
         peak = self.peaks.get(self.phase)
-        if peak is None or self.live.total() > peak.total:
-            self.peaks[self.phase] = Held(dict(self.live))
+        if peak is None or self.live.total() > sum(peak.values()):
+            self.peaks[self.phase] = dict(self.live)
 
     def _freed(self, key: int, phase: Phase, size: int) -> None:
         self._seen.discard(key)
@@ -120,27 +119,40 @@ class _NoWatch:
 
 
 def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) -> Trace:
-    """The forward and backward of one chunk of each job, side by side where the plan lets them."""
+    """The forward and backward of one chunk of each job, side by side where the plan lets them; `base` is a hollow one."""
     attached = [new_job(base, config, JobData(()), plan) for config, _ in jobs]
     trainer = Trainer(base, plan, _NoWatch())
     for job in attached:
         trainer.add(job)
         job.attached.zero_grad()
-    weights = {storage_of(t): t.untyped_storage().nbytes() for t in (*base.model.parameters(), *base.model.buffers())}
-    trained = {storage_of(p): p.untyped_storage().nbytes() for job in attached for p in job.attached.parameters()}
-    gradients = [p.grad for job in attached for p in job.attached.parameters() if p.grad is not None]
-    ledger = Ledger((*base.model.parameters(), *base.model.buffers(), *_of(attached), *gradients))
+    at_rest = (*base.model.parameters(), *base.model.buffers())
+    weights = {storage_of(t): t.untyped_storage().nbytes() for t in at_rest}
+    trained = {storage_of(p): p.untyped_storage().nbytes() for p in _parameters(attached)}
+    gradients = [p.grad for p in _parameters(attached) if p.grad is not None]
+    ledger = Ledger((*at_rest, *_parameters(attached), *gradients))
     queues = {config.name: [chunk] for config, chunk in jobs}
     with ledger.following(base), ledger:
         trainer.forward_backward(queues, dict.fromkeys(queues, 1.0))
+    blocks = [_frozen_bytes(base.model.get_submodule(name)) for name in blocks_of(base.model)]
+    weights_stepped = [weight for job in attached for weight in stepped(job.attached, job.config)]
+    vectors = [weight.numel() for weight in weights_stepped if weight.dim() < 2]
     return Trace(
         peaks=dict(ledger.peaks),
         weights=sum(weights.values()),
+        linears=sum(blocks),
+        block=max(blocks, default=0),
         trained=sum(size for key, size in trained.items() if key not in weights),
         gradients=sum(g.nbytes for g in gradients),
+        matrices=Counter(tuple(weight.shape) for weight in weights_stepped if weight.dim() > 1),
+        flat=sum(count for count in vectors if count >= SMALLEST),
+        small=sum(count for count in vectors if count < SMALLEST),
     )
 
 
-def _of(jobs: Iterable[Job]) -> Iterator[Tensor]:
+def _frozen_bytes(block: nn.Module) -> int:
+    return sum(module.nbytes for module in block.modules() if isinstance(module, FrozenLinear))
+
+
+def _parameters(jobs: Iterable[Job]) -> Iterator[Tensor]:
     for job in jobs:
         yield from job.attached.parameters()

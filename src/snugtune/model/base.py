@@ -29,6 +29,9 @@ from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
 from snugtune.types import MIN_ROWS, NARROW, Batch, Plan, Segment
 
+Found = tuple[PreTrainedTokenizerBase, list[str]]
+"""A tokenizer, and what there is to say of it."""
+
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
 
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
@@ -278,13 +281,17 @@ class Base:
         return next((length for length in named if isinstance(length, int) and length > 0), None)
 
 
-def load_base(source: ModelSource, plan: Plan, trust_remote_code: bool = False, say: Say = mute) -> Base:
+def load_base(
+    source: ModelSource, plan: Plan, trust_remote_code: bool = False, say: Say = mute, found: Found | None = None
+) -> Base:
     """Load the model of `source` as `plan` says. Raises `InputError` for anything that is not a usable causal LM.
+
+    `found`: its tokenizer, where that was loaded before.
 
     Under plan.offload: weights the first load of a model writes a file, and raises `StorageError` where that cannot be.
     """
     config = load_config(source, trust_remote_code)
-    tokenizer, tokenizer_notes = load_tokenizer(source, trust_remote_code)
+    tokenizer, tokenizer_notes = found or load_tokenizer(source, trust_remote_code)
     if plan.weights in NARROW or plan.offload == "weights" or stored_width(source, config) is not None:
         model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code, say)
         base = Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))

@@ -144,6 +144,7 @@ class _FrozenNll(torch.autograd.Function):
                 total += _nll(raw[few], targets[part][few], weights[part][few], head.shape, smoothing, dh is not None)
             if dh is not None:
                 dh[part] = layer.matmul_t(raw)[: len(h[part])]
+            del raw  # before the next piece's
         ctx.save_for_backward(dh)
         return total
 

@@ -62,10 +62,10 @@ class Spill:
         The rest is what all blocks share (masks, angles), which stays in memory anyhow.
         """
         tensors = [t for at, t in enumerate(inputs) if isinstance(t, Tensor) and (t.requires_grad or not at)]
-        states = {t.data_ptr() for t in tensors if t.nbytes >= SMALLEST}
+        states = {_where(t) for t in tensors if t.nbytes >= SMALLEST}
 
         def pack(saved: Tensor) -> Tensor | _Packed:
-            return self._put(saved) if saved.data_ptr() in states and saved.is_contiguous() else saved
+            return self._put(saved) if _where(saved) in states and saved.is_contiguous() else saved
 
         with saved_tensors_hooks(pack, _unpack):  # within the block torch's own hooks of recompute hold
             return checkpoint(block, *inputs, use_reentrant=False, **settings)
@@ -74,6 +74,11 @@ class Spill:
         packed = _Packed(self.place.put(tensor), self.last)
         self.last = weakref.ref(packed.kept)
         return packed
+
+
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """The same for tensors that begin at the same place in memory, and where there is no memory (meta) too."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ def _unpack(packed: Tensor | _Packed) -> Tensor:
 
 def place_for(device: torch.device) -> Place:
     """Where block inputs on `device` are put away. Raises `StorageError`."""
+    if device.type == "meta":
+        return Nowhere()
     return HostMemory() if device.type == "cuda" else Disk(cache_dir())
 
 
@@ -191,6 +198,36 @@ class OnDisk:
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous CPU tensor as a numpy array of bytes."""
     return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+class Nowhere:
+    """For tensors that have no memory: what is still held of them is as with `Disk`, where the disk is the slower one."""
+
+    def __init__(self) -> None:
+        self.writing: deque[Tensor] = deque(maxlen=WRITES_AHEAD)
+
+    def put(self, tensor: Tensor) -> "OfNothing":
+        self.writing.append(tensor)
+        return OfNothing(self, tensor)
+
+
+class OfNothing:
+    """The shape of a tensor, from which it is made again."""
+
+    def __init__(self, place: Nowhere, tensor: Tensor):
+        self.place, self.shape, self.dtype = place, tensor.shape, tensor.dtype
+        self.back: Tensor | None = None
+
+    def fetch(self) -> None:
+        self.place.writing.clear()
+        if self.back is None:
+            self.back = torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def tensor(self) -> Tensor:
+        self.fetch()
+        assert self.back is not None
+        back, self.back = self.back, None
+        return back
 
 
 class HostMemory:

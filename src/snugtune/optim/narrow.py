@@ -9,7 +9,7 @@ uniform grid of 2^-15: it takes all that is below 1.5e-5 of a block's largest fo
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,16 @@ class NarrowState(torch.optim.Optimizer):
         device = torch.device("cpu") if self.paged else weight.device
         pinned = self.paged and weight.is_cuda
         return {k: torch.zeros(n, dtype=dtype, device=device, pin_memory=pinned) for k, (n, dtype) in sizes.items()}
+
+
+def narrow_bytes(numbers: int, shape: Sequence[int]) -> int:
+    """Bytes of so many numbers that are remembered of a weight."""
+    return 4 * numbers if math.prod(shape) < SMALLEST else numbers + 4 * math.ceil(numbers / BLOCK)
+
+
+def widened_bytes(shape: Sequence[int]) -> int:
+    """What the step of a weight makes meanwhile: of a piece some tensors in fp32, and the codes of its numbers as indices."""
+    return 32 * min(math.prod(shape), PIECE)
 
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

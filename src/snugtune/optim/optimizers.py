@@ -4,7 +4,8 @@
 one flat buffer where there is one. `kept_narrow` names what of its state can be kept in 8 bits, and whether that has a sign.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from snugtune.optim.narrow import NarrowState
+from snugtune.optim.narrow import NarrowState, narrow_bytes, widened_bytes
 from snugtune.schema import Config
 from snugtune.types import OptimizerState
 
@@ -35,6 +36,20 @@ class _Optimizer(Config):
     def obstacle(self) -> str | None:
         """Why the state cannot be kept in 8 bits, or None."""
         return None
+
+    def state_bytes(self, shape: Sequence[int], state: OptimizerState = "fp32") -> int:
+        """What is remembered of a weight, but for counts of steps. On the device: what is paged lies in the host's memory."""
+        return (
+            0 if state == "paged" else self._numbers(shape) * 4 if state == "fp32" else narrow_bytes(self._numbers(shape), shape)
+        )
+
+    def update_bytes(self, shape: Sequence[int], state: OptimizerState = "fp32") -> int:
+        """What a step of a weight makes meanwhile: nothing where it is one kernel, that goes through it in place."""
+        return 0 if state == "fp32" else widened_bytes(shape)
+
+    def _numbers(self, shape: Sequence[int]) -> int:
+        """How many are remembered of a weight."""
+        return math.prod(shape) * len(self.kept_narrow)
 
     def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         raise NotImplementedError
@@ -76,6 +91,9 @@ class SgdConfig(_Optimizer):
     def obstacle(self) -> str | None:
         return None if self.momentum else "without momentum it has none"
 
+    def _numbers(self, shape: Sequence[int]) -> int:
+        return math.prod(shape) if self.momentum else 0
+
     def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             parameters,
@@ -95,6 +113,9 @@ class LionConfig(_Optimizer):
     type: Literal["lion"] = "lion"
     lr: float = Field(default=5e-5, gt=0, description="peak learning rate: 3 to 10 times less than AdamW's")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="for the update and for the momentum, each in [0, 1)")
+
+    def update_bytes(self, shape: Sequence[int], state: OptimizerState = "fp32") -> int:
+        return 8 * math.prod(shape) if state == "fp32" else widened_bytes(shape)  # the update, and its sign
 
     def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         from lion_pytorch import Lion
@@ -117,6 +138,12 @@ class AdafactorConfig(_Optimizer):
 
     def obstacle(self) -> str | None:
         return "its state is small already, a row and a column of each weight"
+
+    def update_bytes(self, shape: Sequence[int], state: OptimizerState = "fp32") -> int:
+        return 8 * math.prod(shape)  # the squared gradient, and the update
+
+    def _numbers(self, shape: Sequence[int]) -> int:
+        return math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
 
     def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor

@@ -229,7 +229,7 @@ class Job:
             state[int(index)] = {**entry["numbers"], **owned}
         self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
         if self.at_rest is not None:
-            self.optimizer.param_groups[0]["params"] = _stepped(self.attached, self.config)
+            self.optimizer.param_groups[0]["params"] = stepped(self.attached, self.config)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -320,24 +320,24 @@ def new_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state),
-        capacity=_capacity(config, plan) if base.packable else 0,
+        optimizer=config.optimizer.build(stepped(attached, config), plan.optimizer_state),
+        capacity=capacity_of(config, plan) if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
 
 
-def _capacity(config: JobConfig, plan: Plan) -> int:
-    """Tokens of a chunk: a matter of the job and its plan alone."""
+def capacity_of(config: JobConfig, plan: Plan) -> int:
+    """Tokens of a chunk, where sequences share a row: a matter of the job and its plan alone."""
     return (plan.micro_batch or max(1, FULL_FORWARD // config.max_seq_len)) * config.max_seq_len
 
 
 def chunk_tokens(config: JobConfig, data: JobData, plan: Plan) -> float:
     """Tokens that a chunk of the job usually has."""
     mean = data.tokens / len(data.train)
-    return min(_capacity(config, plan), config.batch_size * mean)
+    return min(capacity_of(config, plan), config.batch_size * mean)
 
 
-def _stepped(attached: Attached, config: JobConfig) -> Sequence[Tensor]:
+def stepped(attached: Attached, config: JobConfig) -> Sequence[Tensor]:
     """The weights as the optimizer is given them."""
     return attached.matrices() if config.optimizer.by_matrix else attached.parameters()
 

@@ -1,0 +1,244 @@
+"""The peak of a run, predicted from its config, its plan and the largest chunk it will see. No weight is loaded.
+
+A step of the trainer is traced on a base without memory (see `trace`), with few of the model's blocks and few scored rows; all
+it holds grows linearly in both, so two depths and a few rows say what the whole one would hold. What no trace sees, the
+process itself and what its allocator leaves unused, is counted by named constants that were measured.
+
+Shapes: T tokens of a forward, n scored rows.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from snugtune.config import JobConfig
+from snugtune.memory.trace import Held, Phase, Trace, trace_step
+from snugtune.model.hollow import hollow_base, hollow_model, keep_blocks
+from snugtune.model.offload import blocks_of
+from snugtune.types import Chunk, Plan
+
+BUFFERS = 2
+"""Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
+FEW_ROWS = 32
+"""Scored rows that are traced at a time; their logits are the same for each."""
+
+Moment = Literal["load", "body", "head", "backward", "optimizer"]
+_Numbers = dict[tuple[object, object], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one job brings: `lengths` of the sequences of its largest chunk, and how many of their tokens are scored."""
+
+    config: JobConfig
+    lengths: tuple[int, ...]
+    scored: int
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a process has besides tensors. In bytes; `holes` is the share that its allocator adds to what comes and goes."""
+
+    process: int
+    holes: float = 0.0
+    mapped: int = 0  # of files, while weights are read that do not stay as they lie there
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the fullest moment of a run, by what they are for; `when` that is."""
+
+    weights: int
+    adapters: int  # or masters, where weights of the base train that are not fp32
+    gradients: int
+    optimizer: int
+    activations: int  # what backward keeps
+    logits: int  # what scores and their gradient take
+    transients: int  # what comes and goes within the body
+    runtime: int  # the process itself, and what the allocator leaves unused
+    when: Moment
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """By name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "when"}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a run holds: at rest, and at the peaks of its largest forward. In bytes."""
+
+    weights: float
+    trained: float
+    gradients: float
+    state: float
+    update: float
+    peaks: Mapping[Phase, Held]
+
+
+class Estimator:
+    """Estimates runs on one base. Each trace is made once: plans that differ in where and how things are kept share it."""
+
+    def __init__(self, config: PretrainedConfig, trust_remote_code: bool = False):
+        self.config, self.trust = config, trust_remote_code
+        self._traces: dict[str, Trace] = {}
+
+    def estimate(self, plan: Plan, jobs: Sequence[Work], runtime: Runtime) -> Estimate:
+        """The peak of a run of these jobs. Where they take turns the largest counts, and the state of all that may be there."""
+        steps = [_step(self._trace(plan, job), plan, job.config) for job in jobs]
+        there = sorted(steps, key=lambda s: s.trained + s.state, reverse=True)[: plan.resident_jobs or len(steps)]
+        at_once = len(there) if plan.fused_tokens else 1  # with gradients
+        whole = replace(
+            max(steps, key=lambda s: max(sum(held.values()) for held in s.peaks.values())),
+            trained=sum(s.trained for s in there),
+            state=sum(s.state for s in there),
+            gradients=sum(sorted((s.gradients for s in there), reverse=True)[:at_once]),
+            update=max(s.update for s in steps),
+        )
+        return max(_moments(whole, runtime), key=lambda e: e.total)
+
+    def _trace(self, plan: Plan, job: Work) -> Trace:
+        plain = _as_traced(plan)
+        key = repr((plain, job.config.method, job.config.objective, job.config.optimizer.by_matrix, job.lengths, job.scored))
+        if key not in self._traces:
+            self._traces[key] = _traced(self.config, plain, (job,), self.trust)
+        return self._traces[key]
+
+
+def _as_traced(plan: Plan) -> Plan:
+    """The plan without what makes no difference to a trace."""
+    offload = "none" if plan.offload == "weights" else plan.offload
+    return replace(plan, micro_batch=0, threads=0, fused_tokens=0, resident_jobs=0, optimizer_state="fp32", offload=offload)
+
+
+def _step(trace: Trace, plan: Plan, config: JobConfig) -> _Step:
+    optimizer, kept = config.optimizer, plan.optimizer_state
+    flat = (round(trace.flat),)
+    state = sum(count * optimizer.state_bytes(shape, kept) for shape, count in trace.matrices.items())
+    state += optimizer.state_bytes(flat, kept) + trace.small * optimizer.state_bytes((1,), kept)
+    update = max(optimizer.update_bytes(shape, kept) for shape in (*trace.matrices, flat))
+    streamed = BUFFERS * trace.block - trace.linears if plan.offload == "weights" else 0
+    return _Step(trace.weights + streamed, trace.trained, trace.gradients, state, update, trace.peaks)
+
+
+def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
+    """What is held at each moment that may be the fullest."""
+    rest = Estimate(_whole(step.weights), _whole(step.trained), _whole(step.gradients), _whole(step.state), 0, 0, 0, 0, "load")
+    yield replace(rest, adapters=0, gradients=0, optimizer=0, runtime=runtime.process + runtime.mapped)
+    yield _with(rest, runtime, "optimizer", 0, 0, step.update)
+    kept = step.peaks["head"].get("body", 0.0) if "head" in step.peaks else 0.0
+    for phase, held in step.peaks.items():
+        stays = min(kept, held.get("body", 0.0))
+        comes = held.get("body", 0.0) - stays + held.get("backward", 0.0)
+        yield _with(rest, runtime, phase, stays, held.get("head", 0.0), comes)
+
+
+def _with(rest: Estimate, runtime: Runtime, when: Moment, kept: float, logits: float, comes: float) -> Estimate:
+    holes = runtime.holes * (kept + logits + comes)
+    process = runtime.process + _whole(holes)
+    return replace(rest, activations=_whole(kept), logits=_whole(logits), transients=_whole(comes), runtime=process, when=when)
+
+
+def _whole(count: float) -> int:
+    return round(count)
+
+
+def _traced(config: PretrainedConfig, plan: Plan, jobs: Sequence[Work], trust: bool) -> Trace:
+    """The trace of a step of the whole model, from traces of a few blocks and rows."""
+    build = _builder(config, plan, trust)
+    scored = sum(job.scored for job in jobs)
+    depth, (low, high) = len(blocks_of(build())), _depths(build())
+    rows = _rows_at_once(scored, plan.head_rows)
+
+    def at(blocks: int, n: int, head_rows: int) -> _Numbers:
+        model = build()
+        keep_blocks(model, blocks)
+        chunks = [(job.config, _chunk(job, n)) for job in jobs]
+        return _numbers(trace_step(hollow_base(model, config.model_type), chunks, replace(plan, head_rows=head_rows)))
+
+    n, head_rows = (scored, plan.head_rows) if scored <= 4 * FEW_ROWS else (2 * FEW_ROWS, FEW_ROWS)
+    few = at(low, n, head_rows)
+    found = few if high == low else _line(few, at(high, n, head_rows), (depth - low) / (high - low))
+    if n == scored:
+        return _trace(found)
+    a_piece = _minus(at(low, 3 * FEW_ROWS, FEW_ROWS), few)  # with as many at once
+    a_height = _minus(_minus(at(low, 4 * FEW_ROWS, 2 * FEW_ROWS), few), _times(2, a_piece))
+    return _trace(_plus(found, _times((scored - n) / FEW_ROWS, a_piece), _times((rows - FEW_ROWS) / FEW_ROWS, a_height)))
+
+
+def _builder(config: PretrainedConfig, plan: Plan, trust: bool) -> Callable[[], PreTrainedModel]:
+    return lambda: hollow_model(config, plan, trust)
+
+
+def _chunk(job: Work, scored: int) -> Chunk:
+    """One of the same lengths, of which the first so many tokens are scored."""
+    tokens = torch.zeros(sum(job.lengths), dtype=torch.long)
+    rows = torch.arange(scored)
+    return Chunk(job.config.name, 0, 0, 0, tokens, job.lengths, rows, torch.zeros_like(rows), torch.ones(scored))
+
+
+def _rows_at_once(scored: int, most: int) -> int:
+    """As the head cuts them: about equal pieces."""
+    return -(-scored // max(1, -(-scored // most)))
+
+
+def _depths(model: PreTrainedModel) -> tuple[int, int]:
+    """Two numbers of blocks, so that from one to the other each kind comes as often as in the whole model.
+
+    Where kinds do not come again in turns, that is all of them, twice.
+    """
+    modules = dict(model.named_modules())
+    kinds = [_kind(modules[name]) for name in blocks_of(model)]
+    for period in range(1, len(kinds)):
+        for start in range(len(kinds) - 2 * period + 1):
+            if all(kinds[i] == kinds[i - period] for i in range(start + period, len(kinds))):
+                if start + 2 * period < len(kinds):
+                    return start + period, start + 2 * period
+                break
+    return len(kinds), len(kinds)
+
+
+def _kind(block: torch.nn.Module) -> object:
+    """What decides what a block holds: its parts, their shapes, and whether its attention slides."""
+    parts = tuple((name, type(module), getattr(module, "sliding_window", None)) for name, module in block.named_modules())
+    return parts, tuple(
+        (name, tensor.shape, tensor.dtype) for name, tensor in (*block.named_parameters(), *block.named_buffers())
+    )
+
+
+_SCALARS = ("weights", "linears", "block", "trained", "gradients", "flat", "small")
+
+
+def _numbers(trace: Trace) -> _Numbers:
+    scalars: _Numbers = {("", name): getattr(trace, name) for name in _SCALARS}
+    scalars |= {("matrices", shape): count for shape, count in trace.matrices.items()}
+    return scalars | {(phase, made): size for phase, held in trace.peaks.items() for made, size in held.items()}
+
+
+def _trace(numbers: _Numbers) -> Trace:
+    phases: tuple[Phase, ...] = ("body", "head", "backward")
+    peaks: dict[Phase, Held] = {p: {m: numbers[p, m] for m in phases if (p, m) in numbers} for p in phases}
+    matrices = {shape: count for (kind, shape), count in numbers.items() if kind == "matrices" and isinstance(shape, tuple)}
+    return Trace({p: h for p, h in peaks.items() if h}, matrices=matrices, **{name: numbers["", name] for name in _SCALARS})
+
+
+def _line(at_zero: _Numbers, at_one: _Numbers, x: float) -> _Numbers:
+    return {k: at_zero.get(k, 0.0) + x * (at_one.get(k, 0.0) - at_zero.get(k, 0.0)) for k in at_zero | at_one}
+
+
+def _plus(*terms: _Numbers) -> _Numbers:
+    return {k: sum(term.get(k, 0.0) for term in terms) for k in {k for term in terms for k in term}}
+
+
+def _times(x: float, a: _Numbers) -> _Numbers:
+    return {k: x * v for k, v in a.items()}
+
+
+def _minus(a: _Numbers, b: _Numbers) -> _Numbers:
+    return {k: a.get(k, 0.0) - b.get(k, 0.0) for k in a | b}

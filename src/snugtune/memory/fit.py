@@ -1,0 +1,219 @@
+"""From a budget to a plan: every way to set the knobs that are left open, the quickest first, until one fits.
+
+What is learned stays as it was: only what costs memory and time is chosen here. A base in fewer bits, and optimizer state in
+fewer, change it by rounding; they come last, and never under `plan.exact`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from snugtune.config import JobConfig, PlanConfig
+from snugtune.errors import DoesNotFitError, InputError
+from snugtune.memory.estimate import Estimate, Work
+from snugtune.memory.plan import Planned
+from snugtune.methods import METHODS
+from snugtune.types import NARROW, Plan, Width
+from snugtune.words import gib
+
+CHOSEN = ("fits", "budget_bytes", "estimate", "rejected")
+"""What `plan.json` says of how the plan was chosen."""
+MARGIN = 0.03
+"""Of a prediction, that a plan must leave free: predictions are to err by no more."""
+SHORTEST = 64
+"""Tokens below which no `max_seq_len` is proposed."""
+
+MakePlan = Callable[[PlanConfig], Planned]
+Predict = Callable[[Plan, Sequence[Work]], Estimate]
+Demand = Callable[[Plan], Sequence[Work]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was looked at, and its estimate."""
+
+    planned: Planned
+    estimate: Estimate
+
+    @property
+    def needs(self) -> int:
+        """Bytes of a budget that it fits into."""
+        return round(self.estimate.total * (1 + MARGIN))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The plan that was chosen, what it will use, and the quicker ones that were rejected."""
+
+    chosen: Candidate
+    budget: int
+    rejected: tuple[Candidate, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """For `plan.json`. Sizes in bytes."""
+        estimate = self.chosen.estimate
+        return {
+            "fits": self.chosen.needs <= self.budget,
+            "budget_bytes": self.budget,
+            "estimate": {**estimate.parts(), "when": estimate.when, "total_bytes": estimate.total},
+            "rejected": [
+                {"plan": _differing(c.planned.plan, self.chosen.planned.plan), "total_bytes": c.estimate.total}
+                for c in self.rejected
+            ],
+        }
+
+
+def _differing(plan: Plan, other: Plan) -> dict[str, Any]:
+    theirs = asdict(other)
+    return {name: value for name, value in asdict(plan).items() if value != theirs[name]}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned. `make` turns pins into a plan by the rules, `predict` says what it takes."""
+
+    pins: PlanConfig
+    jobs: Sequence[JobConfig]
+    make: MakePlan
+    predict: Predict
+    demand: Demand
+    stored: Width | None = None  # the format that the checkpoint keeps its weights in
+
+
+def fit(question: Question, budget: int) -> Fitted:
+    """The quickest plan that stays within `budget` bytes. Raises `DoesNotFitError`, which says what would fit."""
+    rejected: list[Candidate] = []
+    plans = _quickest_first(question, _variants(question))
+    for planned in plans:
+        candidate = _looked_at(question, planned)
+        if candidate.needs <= budget:
+            return Fitted(_told(candidate, rejected, question.pins, budget), budget, tuple(rejected))
+        if not rejected and len(plans) > 1 and (least := leanest(question)).needs > budget:
+            raise DoesNotFitError(_too_little(question, budget, least))
+        rejected.append(candidate)
+    raise DoesNotFitError(_too_little(question, budget, min(rejected, key=lambda c: c.needs)))
+
+
+def leanest(question: Question) -> Candidate:
+    """The plan that takes the least, of those that set each knob to spare."""
+    plans = _quickest_first(question, _variants(question, lean=True))
+    return min((_looked_at(question, planned) for planned in plans), key=lambda c: c.needs)
+
+
+def _looked_at(question: Question, planned: Planned) -> Candidate:
+    return Candidate(planned, question.predict(planned.plan, question.demand(planned.plan)))
+
+
+def _quickest_first(question: Question, variants: Iterable[PlanConfig]) -> list[Planned]:
+    """The plans that these pins give."""
+    found: dict[Plan, Planned] = {}
+    refused: InputError | None = None
+    for pins in variants:
+        try:
+            planned = question.make(pins)
+        except InputError as error:  # this device or these methods cannot have it
+            refused = refused or error
+            continue
+        found.setdefault(planned.plan, planned)
+    if not found:
+        assert refused is not None
+        raise refused
+    full = any(not METHODS[type(job.method)].routable for job in question.jobs)
+    return sorted(found.values(), key=lambda p: _slowness(p.plan, full))
+
+
+def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
+    """The pins, with what they leave open pinned in every way that is worth a try; `lean`: only so that memory is spared."""
+    pins, exact = question.pins, question.pins.exact
+    narrow: tuple[str, ...] = () if exact or question.stored is not None else ("int8", "nf4")
+    usual = question.make(pins).plan.micro_batch
+    sizes = [usual] if usual < 2 else [usual >> n for n in range(usual.bit_length())]
+    choices: Mapping[str, Sequence[Any]] = {
+        "weights": ("auto", *narrow),
+        "micro_batch": [size or "auto" for size in sizes] if usual else ["auto", 1],
+        "recompute": ("none", "blocks"),
+        "offload": ("none", "activations", "weights"),
+        "optimizer_state": ("fp32",) if exact else ("fp32", "8bit"),
+    }
+    spared = {"micro_batch": 1, "recompute": 1, "offload": 2, "optimizer_state": 1}  # so many of the last
+    choices = {name: values[-spared.get(name, len(values)) :] if lean else values for name, values in choices.items()}
+    open_ = {name: values for name, values in choices.items() if getattr(pins, name) == "auto"}
+    for values in itertools.product(*open_.values()):
+        chosen = dict(zip(open_, values, strict=True))
+        if chosen.get("offload") == "activations" and chosen.get("recompute") == "none":
+            continue  # the same as with recompute
+        yield pins.model_copy(update=chosen)
+
+
+def _slowness(plan: Plan, full: bool) -> float:
+    """How long a step takes, beside one of the plain plan.
+
+    By FLOPs: without gradients of weights a forward more is half a step, with them a third. The rest was measured on CPU, with
+    models of SmolLM2's width: half the tokens a forward 1.1, weights decoded 1.1 (int8), 1.25 (nf4), streamed 1.5.
+    """
+    recompute = 1.0 if plan.recompute == "none" else 4 / 3 if full else 1.5
+    width = {"int8": 1.1, "nf4": 1.25}.get(plan.weights, 1.0)
+    offload = {"none": 1.0, "activations": 1.1, "weights": 1.5}[plan.offload]
+    state = 1.0 if plan.optimizer_state == "fp32" else 1.02
+    small = 1 + 0.1 / max(1, plan.micro_batch)
+    rounding = 1e3 if plan.weights in NARROW else 1.0  # what is learned changes least by what comes first
+    return recompute * width * offload * state * small * rounding
+
+
+def _told(candidate: Candidate, rejected: Sequence[Candidate], pins: PlanConfig, budget: int) -> Candidate:
+    """The candidate, with its reasons: what was chosen in the place of something quicker."""
+    planned, estimate = candidate.planned, candidate.estimate
+    reasons = list(planned.reasons)
+    if pins.weights == "auto":
+        reasons = [r.replace("(as asked", "(to stay within the budget") if r.startswith("weights ") else r for r in reasons]
+    why = f"predicted peak {gib(estimate.total)} of {gib(budget)}"
+    if rejected:
+        why += f"; quicker plans need {gib(min(c.needs for c in rejected))} and more"
+    return replace(candidate, planned=Planned(planned.plan, (*reasons, why)))
+
+
+def _too_little(question: Question, budget: int, least: Candidate) -> str:
+    """What to say where nothing fits."""
+    short = least.needs - budget
+    told = f"memory: {gib(budget)} is {gib(short)} too little: the smallest budget that works here is {gib_up(least.needs)}"
+    ways = list(_ways_out(question, budget))
+    return f"{told}; what would fit: {', '.join(ways)}" if ways else f"{told}, and no knob changes that; take a smaller model"
+
+
+def _ways_out(question: Question, budget: int) -> Iterator[str]:
+    """Changes that the user may make, each with what it would take."""
+    pins = question.pins
+    freed = {
+        n: "auto" for n in ("weights", "micro_batch", "recompute", "offload", "optimizer_state") if getattr(pins, n) != "auto"
+    }
+    looser: list[tuple[str, dict[str, Any]]] = [(f"plan.{name}: auto", {name: value}) for name, value in freed.items()]
+    looser += [("plan.exact: false", {"exact": False})] if pins.exact else []
+    for said, change in looser:
+        found = leanest(replace(question, pins=pins.model_copy(update=change)))
+        if found.needs <= budget:
+            yield f"{said} ({gib_up(found.needs)})"
+    longest = max(job.max_seq_len for job in question.jobs)
+    while (longest := longest // 2) >= SHORTEST:
+        found = leanest(replace(question, demand=_shorter(question.demand, longest)))
+        if found.needs <= budget:
+            yield f"max_seq_len: {longest} ({gib_up(found.needs)})"
+            return
+
+
+def _shorter(demand: Demand, longest: int) -> Demand:
+    def cut(plan: Plan) -> Sequence[Work]:
+        return [_cut(work, longest) for work in demand(plan)]
+
+    return cut
+
+
+def _cut(work: Work, longest: int) -> Work:
+    lengths = tuple(min(length, longest) for length in work.lengths)
+    share = sum(lengths) / max(1, sum(work.lengths))
+    return replace(work, lengths=lengths, scored=round(work.scored * share))
+
+
+def gib_up(count: int) -> str:
+    """A size that is enough, for people: rounded up."""
+    return f"{-(-count * 100 // 2**30) / 100:.2f} GiB"

@@ -1,0 +1,35 @@
+"""What a process on CPU has besides tensors: measured constants, each with what it was measured on.
+
+All with SmolLM2-135M and models of its size, torch 2.13, on Linux; `benchmarks/estimate.py` holds predictions against runs.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from snugtune import allocator
+from snugtune.memory.estimate import Runtime
+from snugtune.types import NARROW, Plan
+
+MIB = 2**20
+GROWS = 60 * MIB
+"""From the moment of planning to a step: pages of libraries that are touched, threads, compiled products, Python's objects."""
+BITSANDBYTES = 45 * MIB
+"""Its import, where something is kept in 8 or 4 bits."""
+HOLES = {"mimalloc": 0.09, "glibc": 0.55}
+"""Of what comes and goes in a step, so much lies unused between it at the peak."""
+_HOLES_ELSEWHERE = 0.15
+
+
+def runtime(plan: Plan, process: int, files: Sequence[Path], files_stay: bool) -> Runtime:
+    """Of a process that has so many bytes in memory before the base is loaded.
+
+    `files`: those of the model; `files_stay`: the weights are computed with as they lie there, mapped.
+    """
+    late = BITSANDBYTES if _needs_bitsandbytes(plan) and "bitsandbytes" not in sys.modules else 0
+    read = 0 if files_stay or plan.weights in NARROW or plan.offload == "weights" else sum(f.stat().st_size for f in files)
+    return Runtime(process + GROWS + late, HOLES.get(allocator.name(), _HOLES_ELSEWHERE), read)
+
+
+def _needs_bitsandbytes(plan: Plan) -> bool:
+    return plan.weights == "nf4" or plan.optimizer_state != "fp32"
