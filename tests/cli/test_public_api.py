@@ -36,6 +36,8 @@ CONFIG_FIELDS = {
     "SgdConfig": ["weight_decay", "type", "lr", "momentum", "nesterov"],
     "LionConfig": ["weight_decay", "type", "lr", "betas"],
     "AdafactorConfig": ["weight_decay", "type", "lr", "clip_threshold", "decay_rate"],
+    "GaloreConfig": ["weight_decay", "lr", "rank", "update_every", "scale", "betas", "eps", "type"],
+    "ApolloConfig": ["weight_decay", "lr", "rank", "update_every", "scale", "betas", "eps", "type", "scaling"],
     "EarlyStoppingConfig": ["patience", "min_delta"],
     "SamplesConfig": ["every", "prompts", "count", "max_new_tokens"],
     "ConstantConfig": ["warmup", "type"],
@@ -217,8 +219,10 @@ def test_config_fields() -> None:
     from snugtune.optim import (
         AdafactorConfig,
         AdamWConfig,
+        ApolloConfig,
         ConstantConfig,
         CosineConfig,
+        GaloreConfig,
         LinearConfig,
         LionConfig,
         SgdConfig,
@@ -227,8 +231,8 @@ def test_config_fields() -> None:
 
     kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, ClmConfig,
              ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig,
-             WsdConfig, FreezeConfig, SgdConfig, LionConfig, AdafactorConfig, config.EarlyStoppingConfig,
-             config.SamplesConfig)  # fmt: skip
+             WsdConfig, FreezeConfig, SgdConfig, LionConfig, AdafactorConfig, GaloreConfig, ApolloConfig,
+             config.EarlyStoppingConfig, config.SamplesConfig)  # fmt: skip
     assert {kind.__name__: list(kind.model_fields) for kind in kinds} == CONFIG_FIELDS
     in_schema = set(config.RunConfig.model_json_schema()["$defs"])
     assert in_schema <= CONFIG_FIELDS.keys(), "a config that this test does not know of"

@@ -199,7 +199,8 @@ ELSEWHERE = [
     ({"optimizer": {"momentum": 0.9}}, "optimizer: 'momentum' is not a field of type 'adamw'; it belongs to optimizer.type: sgd"),
     (
         {"optimizer": {"type": "sgd", "betas": [0.9, 0.9]}},
-        "optimizer: 'betas' is not a field of type 'sgd'; it belongs to optimizer.type: adamw or optimizer.type: lion",
+        "optimizer: 'betas' is not a field of type 'sgd'; it belongs to optimizer.type: adamw or optimizer.type: lion or "
+        "optimizer.type: galore or optimizer.type: apollo",
     ),
     ({"method": {"last_blocks": 1}}, "method: 'last_blocks' is not a field of type 'lora'; it belongs to method.type: freeze"),
     ({"mixing": {"until": "last"}}, "mixing: 'until' is not a field of type 'concat'; it belongs to mixing.type: interleave"),

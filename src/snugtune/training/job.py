@@ -315,7 +315,7 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state),
+        optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state, config.seed),
         capacity=_capacity(config, plan) if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
