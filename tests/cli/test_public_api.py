@@ -44,8 +44,8 @@ CONFIG_FIELDS = {
     "LinearConfig": ["warmup", "type"],
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
-    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state", "offload",
-                   "execution", "resident_jobs"],
+    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state",
+                   "gradients", "offload", "execution", "resident_jobs"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -113,6 +113,7 @@ plan:
   micro_batch: auto
   recompute: auto
   optimizer_state: auto
+  gradients: auto
   offload: auto
   execution: auto
   resident_jobs: auto

@@ -83,6 +83,12 @@ def _config(**fields: object) -> RunConfig:
     return to_config({"model": "m", "data": "d", "output": "o", "device": "cpu", **fields})
 
 
+def test_released_gradients_are_no_tensors_that_are_kept() -> None:
+    config = _config(method="full", max_grad_norm=None, plan={"gradients": "released"})
+    (row,) = (row for row in precision(config, make_plan(config).plan) if row.what == "gradients of what trains")
+    assert row.bits is None and "one weight's at a time" in row.note
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "galore", "apollo"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("width", ["fp32", "bf16"])

@@ -147,6 +147,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "galore": {"optimizer": {"type": "galore", "rank": 2, "update_every": 3}},
     "apollo": {"optimizer": {"type": "apollo", "rank": 2, "update_every": 3}},
     "apollo mini, full": {"method": "full", "optimizer": {"type": "apollo", "rank": 1, "scaling": "tensor"}},
+    "gradients released": {
+        "method": "full",
+        "max_grad_norm": None,
+        "plan": {"weights": "bf16", "gradients": "released"},
+        "optimizer": {"lr": 1e-3},
+    },
     "adamw in 8 bits": {"plan": {"weights": "fp32", "optimizer_state": "8bit"}},
     "lion in 8 bits, the best": {
         "plan": {"optimizer_state": "8bit"},

@@ -54,7 +54,11 @@ def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:
             yield Row(name, "master weights", "fp32", "fp32", 32.0, "what the optimizer steps")
     else:
         yield Row(name, f"{job.method.type} weights", "fp32", compute, 32.0, "cast for each product; what the optimizer steps")
-    yield Row(name, "gradients of what trains", "fp32", "fp32", 32.0, f"made in {compute}, summed in fp32 over the step")
+    if plan.gradients == "kept":
+        yield Row(name, "gradients of what trains", "fp32", "fp32", 32.0, f"made in {compute}, summed in fp32 over the step")
+    else:
+        note = f"one weight's at a time, made in {compute}: it steps in backward"
+        yield Row(name, "gradients of what trains", "fp32", "fp32", None, note)
     kept, bits = ("fp32", 32.0) if plan.optimizer_state == "fp32" else ("8 bit", 8 + 32 / 256)
     note = "in the memory of the host" if plan.optimizer_state == "paged" else ""
     if isinstance(job.optimizer, (GaloreConfig, ApolloConfig)):

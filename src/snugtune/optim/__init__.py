@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from snugtune.optim.clip import clip_grad_norm
+from snugtune.optim.clip import clip_grad_norm, norms_in_pieces
 from snugtune.optim.optimizers import AdafactorConfig, AdamWConfig, ApolloConfig, GaloreConfig, LionConfig, SgdConfig
 from snugtune.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, WsdConfig, learning_rate
 
@@ -28,4 +28,5 @@ __all__ = [
     "WsdConfig",
     "clip_grad_norm",
     "learning_rate",
+    "norms_in_pieces",
 ]

@@ -15,11 +15,13 @@ from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
 from snugtune.errors import InputError, SnugtuneError, StopRequestedError, UnreadableError
 from snugtune.methods import METHODS, Attached
+from snugtune.methods.full import FullAttached
 from snugtune.model.base import Base
 from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.release import StepInBackward
 from snugtune.types import FULL_FORWARD, Chunk, Plan
 
 _COUNTERS = (
@@ -49,6 +51,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     capacity: int  # tokens of a chunk; 0: one sequence a chunk
     scaler: torch.amp.GradScaler | None = None  # fp16 only
+    in_backward: StepInBackward | None = None  # where gradients are not kept
     step: int = 0
     served: float = 0.0  # virtual tokens of its whole steps: tokens / weight, from where it joined
     skipped_in_a_row: int = 0
@@ -133,6 +136,12 @@ class Job:
     def lr(self) -> float:
         """The rate of the step to come."""
         return learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.total)
+
+    def begin_step(self) -> None:
+        """Gradients of zeros for the step to come, or what takes them as they are made."""
+        self.attached.zero_grad()
+        if self.in_backward is not None:
+            self.in_backward.begin(self.lr())
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale that keeps small gradients within fp16's range.
@@ -309,15 +318,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0."""
     check_fits(base, config, data)
+    if plan.gradients == "released" and not base.packable and config.batch_size > 1:
+        raise InputError(
+            f"plan.gradients: released needs a step to be one forward, but sequences of '{base.name}' cannot share one; "
+            "set batch_size: 1, or gradients: kept"
+        )
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
     attached.drop_grad()  # until its turn comes
+    optimizer = config.optimizer.build(_stepped(attached, config), plan.optimizer_state, config.seed)
+    in_backward = None
+    if plan.gradients == "released":
+        assert isinstance(attached, FullAttached), "the plan has seen to that"
+        in_backward = StepInBackward(attached, optimizer)
     return Job(
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state, config.seed),
+        optimizer=optimizer,
         capacity=_capacity(config, plan) if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
+        in_backward=in_backward,
     )
 
 
