@@ -237,7 +237,7 @@ class PlanConfig(Config):
     )
     gradients: Literal["auto", "kept", "released"] = Field(
         default="auto",
-        description="released: each weight of the base makes its step in backward, and its gradient is gone (full, freeze)",
+        description="released: each weight of the base makes its step in backward, and its gradient is gone (not lora)",
     )
     offload: Literal["auto", "none", "activations", "weights"] = Field(
         default="auto",

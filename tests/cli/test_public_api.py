@@ -30,6 +30,7 @@ CONFIG_FIELDS = {
     "LoraConfig": ["type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"],
     "FullConfig": ["type"],
     "FreezeConfig": ["type", "last_blocks", "first_blocks", "embeddings", "head", "names"],
+    "RotateConfig": ["type", "blocks", "every", "order", "ends"],
     "SftConfig": ["label_smoothing", "type", "train_on"],
     "ClmConfig": ["label_smoothing", "type"],
     "AdamWConfig": ["weight_decay", "type", "lr", "betas", "eps"],
@@ -215,6 +216,7 @@ def test_config_fields() -> None:
     from snugtune.methods.freeze import FreezeConfig
     from snugtune.methods.full import FullConfig
     from snugtune.methods.lora import LoraConfig
+    from snugtune.methods.rotate import RotateConfig
     from snugtune.objectives.clm import ClmConfig
     from snugtune.objectives.sft import SftConfig
     from snugtune.optim import (
@@ -232,7 +234,7 @@ def test_config_fields() -> None:
 
     kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, ClmConfig,
              ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig,
-             WsdConfig, FreezeConfig, SgdConfig, LionConfig, AdafactorConfig, GaloreConfig, ApolloConfig,
+             WsdConfig, FreezeConfig, RotateConfig, SgdConfig, LionConfig, AdafactorConfig, GaloreConfig, ApolloConfig,
              config.EarlyStoppingConfig, config.SamplesConfig)  # fmt: skip
     assert {kind.__name__: list(kind.model_fields) for kind in kinds} == CONFIG_FIELDS
     in_schema = set(config.RunConfig.model_json_schema()["$defs"])

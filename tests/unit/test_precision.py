@@ -90,7 +90,7 @@ def test_released_gradients_are_no_tensors_that_are_kept() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "galore", "apollo"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "rotate"])
 @pytest.mark.parametrize("width", ["fp32", "bf16"])
 def test_rows_are_those_of_real_tensors(width: str, method: str, optimizer: str) -> None:
     """Formats of weights, gradients, optimizer state, activations and losses, looked at while a step is taken."""
@@ -122,5 +122,6 @@ def test_rows_are_those_of_real_tensors(width: str, method: str, optimizer: str)
         assert parameter.dtype == DTYPES[trained.kept]  # pyright: ignore[reportArgumentType]
         assert parameter.grad is not None and parameter.grad.dtype == DTYPES[rows["gradients of what trains"].kept]  # pyright: ignore
     assert optimizer == "adamw" or "rank 4" in rows[f"{optimizer} state"].note
+    assert ("weights of blocks in turns" in rows) == (method == "rotate")
     moments = [t for state in job.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
     assert moments and {t.dtype for t in moments} == {DTYPES[rows[f"{optimizer} state"].kept]}  # pyright: ignore[reportArgumentType]

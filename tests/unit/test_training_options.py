@@ -153,6 +153,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "plan": {"weights": "bf16", "gradients": "released"},
         "optimizer": {"lr": 1e-3},
     },
+    "blocks in turns": {"method": {"type": "rotate", "every": 2, "ends": True}, "plan": {"weights": "bf16"}},
+    "the best of blocks in turns": {
+        "method": {"type": "rotate", "every": 3},
+        "plan": {"weights": "bf16"},
+        "optimizer": {"lr": 0.05},
+        "keep_best": True,
+    },
     "adamw in 8 bits": {"plan": {"weights": "fp32", "optimizer_state": "8bit"}},
     "lion in 8 bits, the best": {
         "plan": {"optimizer_state": "8bit"},

@@ -126,7 +126,7 @@ def _check_released(plan: Plan, jobs: Sequence[JobConfig]) -> None:
         fits = plan.micro_batch or max(1, FULL_FORWARD // job.max_seq_len)
         why = None
         if METHODS[type(job.method)].routable:
-            why = f"is for methods that train the base itself (full, freeze); those of {job.method.type} are small: use kept"
+            why = f"is for methods that train the base itself (full, freeze, rotate); {job.method.type} has few: use kept"
         elif job.max_grad_norm is not None:
             why = "cannot be clipped, the norm is known after the last one; set max_grad_norm: null"
         elif plan.compute == "fp16":

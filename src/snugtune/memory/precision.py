@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from snugtune.config import JobConfig, RunConfig
 from snugtune.methods.freeze import FreezeConfig
 from snugtune.methods.full import FullConfig
+from snugtune.methods.rotate import RotateConfig
 from snugtune.model.formats import Bits4, Int8
 from snugtune.model.load import format_of
 from snugtune.optim import ApolloConfig, GaloreConfig
@@ -46,7 +47,10 @@ def _base(plan: Plan) -> Iterator[Row]:
 
 def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:
     compute, name = plan.compute, job.name
-    if isinstance(job.method, (FullConfig, FreezeConfig)):
+    if isinstance(job.method, (FullConfig, FreezeConfig, RotateConfig)):
+        if isinstance(job.method, RotateConfig):
+            who = f"{job.method.blocks} blocks at a time have what follows{', and the ends' if job.method.ends else ''}"
+            yield Row(name, "weights of blocks in turns", compute, compute, BITS[compute], who)
         if compute == "fp32":
             yield Row(name, "weights that train", "fp32", "fp32", 32.0)
         else:

@@ -31,17 +31,46 @@ class FullAttached:
     def __init__(self, base: Base, job: str, names: Collection[str] | None = None):
         self.base, self.job = base, job
         base.model.requires_grad_(False)
-        weights = base.model.named_parameters()  # tied weights appear once
-        self.weights: dict[str, nn.Parameter] = {n: w for n, w in weights if names is None or n in names}
+        self.weights: dict[str, nn.Parameter] = {}
         self.masters: dict[str, nn.Parameter] = {}
-        self.hooks: list[Any] = []
-        for name, weight in self.weights.items():
-            weight.requires_grad_()
-            master = weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
-            if master is not weight:
-                self.hooks.append(weight.register_post_accumulate_grad_hook(_collect_into(master)))
-            self.masters[name] = master
+        self.hooks: dict[str, Any] = {}
         self.released: Released | None = None
+        self.train_only({n for n, _ in base.model.named_parameters()} if names is None else names)
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let these weights train and no others. One that trained and does not any more stays as the base computes with it."""
+        before = self.masters
+        for name in [name for name in self.weights if name not in names]:
+            self._freeze(name)
+        weights = self.base.model.named_parameters()  # tied weights appear once
+        self.weights, self.masters = {n: w for n, w in weights if n in names}, {}
+        for name, weight in self.weights.items():
+            if name in before:
+                self.masters[name] = before[name]
+                continue
+            weight.requires_grad_()
+            self.masters[name] = weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            self._hook(name)
+
+    def _hook(self, name: str) -> None:
+        """Have backward bring the weight's gradient to where it belongs; into an fp32 weight it goes by itself."""
+        weight, master = self.weights[name], self.masters[name]
+        if self.released is not None:
+            self.hooks[name] = weight.register_post_accumulate_grad_hook(partial(self.released.arrive, name))
+        elif master is not weight:
+            self.hooks[name] = weight.register_post_accumulate_grad_hook(_collect_into(master))
+
+    def _freeze(self, name: str) -> None:
+        self._unhook(name)
+        self.weights[name].requires_grad_(False)
+        self.weights[name].grad = None
+
+    def _unhook(self, name: str) -> None:
+        if name in self.hooks:
+            self.hooks.pop(name).remove()
+
+    def turn_to(self, step: int) -> bool:
+        return False
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.masters.values())
@@ -51,10 +80,10 @@ class FullAttached:
 
     def release_gradients(self, step: Callable[[nn.Parameter], None]) -> None:
         """From now on keep no gradients: as soon as a weight has its own, in backward, `step` is to step its master on it."""
-        self._remove_hooks()
         self.released = Released(self, step)
-        for name, weight in self.weights.items():
-            self.hooks.append(weight.register_post_accumulate_grad_hook(partial(self.released.arrive, name)))
+        for name in self.weights:
+            self._unhook(name)
+            self._hook(name)
 
     def zero_grad(self) -> None:
         if self.released is not None:
@@ -98,16 +127,9 @@ class FullAttached:
         self.base.model.save_pretrained(folder)
         self.base.tokenizer.save_pretrained(folder)
 
-    def _remove_hooks(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-
     def detach(self) -> None:
-        self._remove_hooks()
-        for weight in self.weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
+        for name in self.weights:
+            self._freeze(name)
 
 
 class Released:
@@ -122,14 +144,14 @@ class Released:
         base = attached.base
         ends = set() if base.head.project is None else {id(p) for p in base.head.project.parameters()}
         body = set() if base.body is None else {id(p) for p in base.body.parameters()}
-        self.parts = {name: 2 if id(weight) in ends & body else 1 for name, weight in attached.weights.items()}
+        self.of_both = ends & body
         self.held: dict[str, Tensor] = {}
         self.due: dict[str, int] = {}  # parts that are still to come
 
     def begin(self) -> None:
         """A step begins."""
         self.held.clear()
-        self.due = dict(self.parts)
+        self.due = {name: 2 if id(weight) in self.of_both else 1 for name, weight in self.attached.weights.items()}
 
     def arrive(self, name: str, weight: Tensor) -> None:
         """A part of a weight's gradient has been made. Raises `RuntimeError` after the last: the weight has made its step."""

@@ -138,10 +138,20 @@ class Job:
         return learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.total)
 
     def begin_step(self) -> None:
-        """Gradients of zeros for the step to come, or what takes them as they are made."""
+        """Let train what trains in the step to come; gradients of zeros, or what takes them as they are made."""
+        self._turn_to(self.step)
         self.attached.zero_grad()
         if self.in_backward is not None:
             self.in_backward.begin(self.lr())
+
+    def _turn_to(self, step: int) -> None:
+        """What the optimizer remembers of weights that no longer train is forgotten."""
+        if self.attached.turn_to(step):
+            weights = _stepped(self.attached, self.config)
+            self.optimizer.param_groups[0]["params"] = weights
+            kept = {id(weight) for weight in weights}
+            for weight in [weight for weight in self.optimizer.state if id(weight) not in kept]:
+                del self.optimizer.state[weight]
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale that keeps small gradients within fp16's range.
@@ -244,6 +254,7 @@ class Job:
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """The inverse of `state`. Not of a job at rest."""
         assert self.at_rest is None
+        self._turn_to(max(0, numbers["step"] - 1))  # the next turn begins with the step to come
         self._load_tensors(tensors, numbers["optimizer"])
         for name in _COUNTERS:
             setattr(self, name, numbers[name])
