@@ -15,7 +15,7 @@ from common import in_turn, table, train
 
 Fields = dict[str, Any]
 MINI: Fields = {"type": "apollo", "rank": 1, "scaling": "tensor"}
-ROTATED: Fields = {"type": "rotate", "blocks": 3, "every": 5}
+ROTATED: Fields = {"type": "rotate", "blocks": 3, "every": 3}
 RELEASED: Fields = {"gradients": "released"}
 PROGRAMS: dict[str, Fields] = {
     "adamw": {},
