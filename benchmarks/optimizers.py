@@ -3,7 +3,7 @@
     python benchmarks/optimizers.py                     # 1, 5 and 50 million weights
     python benchmarks/optimizers.py --weights 5e6 --repeats 9 --json result.json
 
-Each optimizer steps one weight of N numbers, as LoRA's factors lie in one buffer (Adafactor, which looks at shapes: a matrix).
+Each optimizer steps one weight of N numbers, as LoRA's factors lie in one buffer; those that look at shapes have a matrix.
 All take turns, and the turns are repeated: what else the machine does falls on all alike. Shown are medians, and the spread.
 bitsandbytes' own 8-bit optimizers stand beside ours, for comparison.
 """
@@ -19,11 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snugtune.optim import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
+from snugtune.optim import AdafactorConfig, AdamWConfig, ApolloConfig, GaloreConfig, LionConfig, SgdConfig
 from snugtune.types import OptimizerState
 
 BASELINE = "adamw fp32"
-CONFIGS = {"adamw": AdamWConfig(), "lion": LionConfig(), "sgd": SgdConfig(), "adafactor": AdafactorConfig()}
+CONFIGS = {
+    "adamw": AdamWConfig(),
+    "lion": LionConfig(),
+    "sgd": SgdConfig(),
+    "adafactor": AdafactorConfig(),
+    "galore": GaloreConfig(),
+    "apollo": ApolloConfig(),
+}
 
 
 def programs() -> dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]]:
@@ -62,7 +69,7 @@ def measure(count: int, repeats: int, device: str) -> list[dict[str, Any]]:
     width = 1024
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name, make in programs().items():
-        shape = (max(1, count // width), width) if name.startswith("adafactor") else (count,)
+        shape = (max(1, count // width), width) if CONFIGS.get(name.split()[0], AdamWConfig()).by_matrix else (count,)
         weight = nn.Parameter(torch.randn(shape, device=device))
         weight.grad = torch.randn(shape, device=device)
         optimizers[name] = make(weight)

@@ -119,7 +119,7 @@ def init(
         str | None,
         typer.Option(help="what to learn: sft (answers) or clm (plain text)", autocompletion=complete.objectives),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="how: lora, freeze or full", autocompletion=complete.methods)] = None,
+    method: Annotated[str | None, typer.Option(help="how: lora, freeze, full or rotate", autocompletion=complete.methods)] = None,
     epochs: Annotated[float | None, typer.Option(help="passes over the data")] = None,
     output: Annotated[str | None, typer.Option(help="folder of the run's results")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing; defaults for what is not given")] = False,

@@ -13,7 +13,7 @@ FORMS = {"merged": "a transformers model folder with the adapter worked in"}
 WIDTHS = ("fp32", "bf16", "fp16")
 FORMATS = ("auto", *WIDTHS, "int8", "w8a8", "nf4")
 BASES = {"original": "the base in full precision", "dequantized": "the base as it was trained on, dequantized"}
-METHODS = ("lora", "freeze", "full")
+METHODS = ("lora", "freeze", "full", "rotate")
 OBJECTIVES = ("sft", "clm")
 
 Offers = list[tuple[str, str]]

@@ -236,6 +236,10 @@ class PlanConfig(Config):
     optimizer_state: Literal["auto", "fp32", "8bit", "paged"] = Field(
         default="auto", description="what the optimizer remembers: in fp32, in 8 bits, or in 8 bits paged to the host (CUDA)"
     )
+    gradients: Literal["auto", "kept", "released"] = Field(
+        default="auto",
+        description="released: each weight of the base makes its step in backward, and its gradient is gone (not lora)",
+    )
     offload: Literal["auto", "none", "activations", "weights"] = Field(
         default="auto",
         description="weights: those of the blocks stay on disk; activations: the blocks' inputs do, with recompute",

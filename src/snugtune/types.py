@@ -17,6 +17,7 @@ NARROW: frozenset[str] = frozenset({"int8", "w8a8", "nf4"})
 Recompute = Literal["none", "blocks"]
 OptimizerState = Literal["fp32", "8bit", "paged"]
 Offload = Literal["none", "activations", "weights"]
+Gradients = Literal["kept", "released"]
 
 MIN_ROWS = 16
 """Rows below which CPU GEMMs take other kernels: they sum in another order, and over a vocabulary up to 30 times less exactly."""
@@ -101,4 +102,5 @@ class Plan:
     offload: Offload = "none"  # weights: those of the blocks stay on disk; activations: the blocks' inputs do
     outlier_threshold: float = 0.0  # int8: from which magnitude on activations stay in `compute`; 0: all do
     fused_tokens: int = 0  # a forward that jobs share holds at most so many tokens; 0: they take turns (interleaved)
+    gradients: Gradients = "kept"  # released: a weight that trains makes its step in backward, its gradient is gone then
     resident_jobs: int = 0  # of so many jobs the state is in memory, that of the others rests on disk; 0: all are in memory

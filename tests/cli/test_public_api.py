@@ -30,20 +30,23 @@ CONFIG_FIELDS = {
     "LoraConfig": ["type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"],
     "FullConfig": ["type"],
     "FreezeConfig": ["type", "last_blocks", "first_blocks", "embeddings", "head", "names"],
+    "RotateConfig": ["type", "blocks", "every", "order", "ends"],
     "SftConfig": ["label_smoothing", "type", "train_on"],
     "ClmConfig": ["label_smoothing", "type"],
     "AdamWConfig": ["weight_decay", "type", "lr", "betas", "eps"],
     "SgdConfig": ["weight_decay", "type", "lr", "momentum", "nesterov"],
     "LionConfig": ["weight_decay", "type", "lr", "betas"],
     "AdafactorConfig": ["weight_decay", "type", "lr", "clip_threshold", "decay_rate"],
+    "GaloreConfig": ["weight_decay", "lr", "rank", "update_every", "scale", "betas", "eps", "type"],
+    "ApolloConfig": ["weight_decay", "lr", "rank", "update_every", "scale", "betas", "eps", "type", "scaling"],
     "EarlyStoppingConfig": ["patience", "min_delta"],
     "SamplesConfig": ["every", "prompts", "count", "max_new_tokens"],
     "ConstantConfig": ["warmup", "type"],
     "LinearConfig": ["warmup", "type"],
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
-    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state", "offload",
-                   "execution", "resident_jobs"],
+    "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state",
+                   "gradients", "offload", "execution", "resident_jobs"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -111,6 +114,7 @@ plan:
   micro_batch: auto
   recompute: auto
   optimizer_state: auto
+  gradients: auto
   offload: auto
   execution: auto
   resident_jobs: auto
@@ -212,13 +216,16 @@ def test_config_fields() -> None:
     from snugtune.methods.freeze import FreezeConfig
     from snugtune.methods.full import FullConfig
     from snugtune.methods.lora import LoraConfig
+    from snugtune.methods.rotate import RotateConfig
     from snugtune.objectives.clm import ClmConfig
     from snugtune.objectives.sft import SftConfig
     from snugtune.optim import (
         AdafactorConfig,
         AdamWConfig,
+        ApolloConfig,
         ConstantConfig,
         CosineConfig,
+        GaloreConfig,
         LinearConfig,
         LionConfig,
         SgdConfig,
@@ -227,8 +234,8 @@ def test_config_fields() -> None:
 
     kinds = (config.RunConfig, config.JobConfig, config.PlanConfig, SourceConfig, LoraConfig, FullConfig, SftConfig, ClmConfig,
              ConcatConfig, InterleaveConfig, AdamWConfig, ConstantConfig, LinearConfig, CosineConfig,
-             WsdConfig, FreezeConfig, SgdConfig, LionConfig, AdafactorConfig, config.EarlyStoppingConfig,
-             config.SamplesConfig)  # fmt: skip
+             WsdConfig, FreezeConfig, RotateConfig, SgdConfig, LionConfig, AdafactorConfig, GaloreConfig, ApolloConfig,
+             config.EarlyStoppingConfig, config.SamplesConfig)  # fmt: skip
     assert {kind.__name__: list(kind.model_fields) for kind in kinds} == CONFIG_FIELDS
     in_schema = set(config.RunConfig.model_json_schema()["$defs"])
     assert in_schema <= CONFIG_FIELDS.keys(), "a config that this test does not know of"

@@ -199,7 +199,8 @@ ELSEWHERE = [
     ({"optimizer": {"momentum": 0.9}}, "optimizer: 'momentum' is not a field of type 'adamw'; it belongs to optimizer.type: sgd"),
     (
         {"optimizer": {"type": "sgd", "betas": [0.9, 0.9]}},
-        "optimizer: 'betas' is not a field of type 'sgd'; it belongs to optimizer.type: adamw or optimizer.type: lion",
+        "optimizer: 'betas' is not a field of type 'sgd'; it belongs to optimizer.type: adamw or optimizer.type: lion or "
+        "optimizer.type: galore or optimizer.type: apollo",
     ),
     ({"method": {"last_blocks": 1}}, "method: 'last_blocks' is not a field of type 'lora'; it belongs to method.type: freeze"),
     ({"mixing": {"until": "last"}}, "mixing: 'until' is not a field of type 'concat'; it belongs to mixing.type: interleave"),
@@ -207,7 +208,7 @@ ELSEWHERE = [
     ({"method": {"lr": 1e-3}}, "method: unknown field 'lr'; did you mean 'optimizer.lr'?"),
     ({"optimizer": {"learning_rate": 1e-3}}, "optimizer: unknown field 'learning_rate'; did you mean 'lr'?"),
     ({"plan": {"zero": 1}}, "plan: unknown field 'zero'; there are weights, double_quant, outlier_threshold, "
-     "micro_batch, recompute, optimizer_state, offload, execution, resident_jobs"),
+     "micro_batch, recompute, optimizer_state, gradients, offload, execution, resident_jobs"),
     (
         {"jobs": [{"name": "a", "model": "x"}]},
         "jobs.0: unknown field 'model' of a job; it is the whole run's: give it once, at the top level",

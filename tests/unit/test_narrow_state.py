@@ -13,7 +13,7 @@ from snugtune.config import JobConfig, to_config
 from snugtune.errors import InputError
 from snugtune.memory.plan import make_plan
 from snugtune.model.base import Base
-from snugtune.optim import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
+from snugtune.optim import AdafactorConfig, AdamWConfig, ApolloConfig, GaloreConfig, LionConfig, SgdConfig
 from snugtune.optim.narrow import PIECE, dequantize, dynamic_map, quantize
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
@@ -267,7 +267,12 @@ def test_a_step_that_is_skipped_leaves_the_state_alone() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "word"),
-    [(AdafactorConfig(), "small already"), (SgdConfig(momentum=0.0), "without momentum")],
+    [
+        (AdafactorConfig(), "small already"),
+        (GaloreConfig(), "of low rank"),
+        (ApolloConfig(), "of low rank"),
+        (SgdConfig(momentum=0.0), "without momentum"),
+    ],
 )
 def test_optimizers_without_such_a_state_are_refused(optimizer: Any, word: str) -> None:
     config = {"model": "demo", "data": "x.jsonl", "output": "o", "device": "cpu", "plan": {"optimizer_state": "8bit"}}

@@ -83,11 +83,19 @@ def _config(**fields: object) -> RunConfig:
     return to_config({"model": "m", "data": "d", "output": "o", "device": "cpu", **fields})
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+def test_released_gradients_are_no_tensors_that_are_kept() -> None:
+    config = _config(method="full", max_grad_norm=None, plan={"gradients": "released"})
+    (row,) = (row for row in precision(config, make_plan(config).plan) if row.what == "gradients of what trains")
+    assert row.bits is None and "one weight's at a time" in row.note
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore", "apollo"])
+@pytest.mark.parametrize("method", ["lora", "full", "rotate"])
 @pytest.mark.parametrize("width", ["fp32", "bf16"])
-def test_rows_are_those_of_real_tensors(width: str, method: str) -> None:
+def test_rows_are_those_of_real_tensors(width: str, method: str, optimizer: str) -> None:
     """Formats of weights, gradients, optimizer state, activations and losses, looked at while a step is taken."""
-    config = _config(method=method, plan={"weights": width})
+    rank = {} if optimizer == "adamw" else {"rank": 4}
+    config = _config(method=method, plan={"weights": width}, optimizer={"type": optimizer, **rank})
     plan = make_plan(config).plan
     rows = {row.what: row for row in precision(config, plan)}
     base = tiny_base("llama", DTYPES[width])  # pyright: ignore[reportArgumentType]
@@ -113,5 +121,7 @@ def test_rows_are_those_of_real_tensors(width: str, method: str) -> None:
     for parameter in job.attached.parameters():
         assert parameter.dtype == DTYPES[trained.kept]  # pyright: ignore[reportArgumentType]
         assert parameter.grad is not None and parameter.grad.dtype == DTYPES[rows["gradients of what trains"].kept]  # pyright: ignore
+    assert optimizer == "adamw" or "rank 4" in rows[f"{optimizer} state"].note
+    assert ("weights of blocks in turns" in rows) == (method == "rotate")
     moments = [t for state in job.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
-    assert moments and {t.dtype for t in moments} == {DTYPES[rows["adamw state"].kept]}  # pyright: ignore[reportArgumentType]
+    assert moments and {t.dtype for t in moments} == {DTYPES[rows[f"{optimizer} state"].kept]}  # pyright: ignore[reportArgumentType]

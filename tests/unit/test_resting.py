@@ -38,9 +38,13 @@ from snugtune.types import Example, Plan
 PLAN = Plan("cpu", "fp32", 1, "none", 512, 1, "fp32")
 STEPS = 3
 JOBS: dict[str, dict[str, Any]] = {
-    "a": {"method": {"type": "lora", "r": 4}},
+    "a": {"method": {"type": "lora", "r": 4}, "optimizer": {"type": "apollo", "rank": 2, "update_every": 2}},
     "b": {"method": {"type": "lora", "r": 8, "lora_dropout": 0.2}, "optimizer": {"type": "lion", "lr": 1e-3}},
-    "c": {"method": {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}, "weight": 2.0},
+    "c": {
+        "method": {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "optimizer": {"type": "galore", "rank": 1, "update_every": 2},
+        "weight": 2.0,
+    },
     "d": {"optimizer": {"type": "adafactor", "lr": 1e-2}},
     "e": {"batch_size": 3, "optimizer": {"type": "sgd", "lr": 0.1}},
     "f": {"max_grad_norm": 0.01, "neftune_noise_alpha": 5.0},

@@ -254,7 +254,7 @@ class LiveJob:
     def _accumulate(self, trainer: Trainer, job: Job, chunks: Sequence[Chunk], objective: Objective, size: float) -> float:
         """Forward and backward. Whatever breaks it half-way, half a gradient is none: what was accumulated is dropped."""
         if self._pending is None:
-            job.attached.zero_grad()
+            job.begin_step()
         try:
             losses = trainer.forward_backward({job.name: chunks}, {job.name: size}, {job.name: objective})
         except BaseException:

@@ -114,7 +114,9 @@ class Estimator:
 def _as_traced(plan: Plan) -> Plan:
     """The plan without what makes no difference to a trace."""
     offload = "none" if plan.offload == "weights" else plan.offload
-    return replace(plan, micro_batch=0, threads=0, fused_tokens=0, resident_jobs=0, optimizer_state="fp32", offload=offload)
+    return replace(
+        plan, gradients="kept", micro_batch=0, threads=0, fused_tokens=0, resident_jobs=0, optimizer_state="fp32", offload=offload
+    )
 
 
 def _step(trace: Trace, plan: Plan, config: JobConfig) -> _Step:
@@ -124,7 +126,8 @@ def _step(trace: Trace, plan: Plan, config: JobConfig) -> _Step:
     state += optimizer.state_bytes(flat, kept) + trace.small * optimizer.state_bytes((1,), kept)
     update = max(optimizer.update_bytes(shape, kept) for shape in (*trace.matrices, flat))
     streamed = BUFFERS * trace.block - trace.linears if plan.offload == "weights" else 0
-    return _Step(trace.weights + streamed, trace.trained, trace.gradients, state, update, trace.peaks)
+    gradients = trace.tied if plan.gradients == "released" else trace.gradients
+    return _Step(trace.weights + streamed, trace.trained, gradients, state, update, trace.peaks)
 
 
 def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
@@ -212,7 +215,7 @@ def _kind(block: torch.nn.Module) -> object:
     )
 
 
-_SCALARS = ("weights", "linears", "block", "trained", "gradients", "flat", "small")
+_SCALARS = ("weights", "linears", "block", "trained", "gradients", "flat", "small", "tied")
 
 
 def _numbers(trace: Trace) -> _Numbers:

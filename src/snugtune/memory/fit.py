@@ -134,9 +134,10 @@ def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
         "micro_batch": [size or "auto" for size in sizes] if usual else ["auto", 1],
         "recompute": ("none", "blocks"),
         "offload": ("none", "activations", "weights"),
+        "gradients": ("kept", "released"),
         "optimizer_state": ("fp32",) if exact else ("fp32", "8bit"),
     }
-    spared = {"micro_batch": 1, "recompute": 1, "offload": 2, "optimizer_state": 1}  # so many of the last
+    spared = {"micro_batch": 1, "recompute": 1, "offload": 2, "gradients": 2, "optimizer_state": 1}  # so many of the last
     choices = {name: values[-spared.get(name, len(values)) :] if lean else values for name, values in choices.items()}
     open_ = {name: values for name, values in choices.items() if getattr(pins, name) == "auto"}
     for values in itertools.product(*open_.values()):
@@ -185,7 +186,9 @@ def _ways_out(question: Question, budget: int) -> Iterator[str]:
     """Changes that the user may make, each with what it would take."""
     pins = question.pins
     freed = {
-        n: "auto" for n in ("weights", "micro_batch", "recompute", "offload", "optimizer_state") if getattr(pins, n) != "auto"
+        n: "auto"
+        for n in ("weights", "micro_batch", "recompute", "offload", "gradients", "optimizer_state")
+        if getattr(pins, n) != "auto"
     }
     looser: list[tuple[str, dict[str, Any]]] = [(f"plan.{name}: auto", {name: value}) for name, value in freed.items()]
     looser += [("plan.exact: false", {"exact": False})] if pins.exact else []

@@ -9,7 +9,18 @@ import torch
 from snugtune.config import JobConfig, PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.methods import METHODS
-from snugtune.types import FULL_FORWARD, HEAD_ROWS, NARROW, SHARED_FORWARD, Dense, Offload, OptimizerState, Plan, Recompute, Width
+from snugtune.types import (
+    FULL_FORWARD,
+    HEAD_ROWS,
+    NARROW,
+    SHARED_FORWARD,
+    Dense,
+    Offload,
+    OptimizerState,
+    Plan,
+    Recompute,
+    Width,
+)
 from snugtune.words import gib
 
 _BYTES_A_NUMBER = 16
@@ -58,8 +69,10 @@ def plan_for(
         optimizer_state=_optimizer_state(pins.optimizer_state, jobs, device),
         offload=offload,
         fused_tokens=fused_tokens,
+        gradients="released" if pins.gradients == "released" else "kept",
         resident_jobs=_resident_jobs(pins, jobs),
     )
+    _check_released(plan, jobs)
     together = (why_execution,) if why_execution else ()
     return Planned(plan, (*_reasons(plan, why_weights), *_spared(plan), *together, *_resting(pins, jobs)))
 
@@ -93,6 +106,7 @@ def check_job(job: JobConfig, plan: Plan, stored: Width | None = None) -> None:
     """See whether a job can come to a base that was loaded by `plan`. Raises `InputError`."""
     _check_frozen([job], plan.weights, plan.offload, stored)
     _optimizer_state(plan.optimizer_state, [job], plan.device)
+    _check_released(plan, [job])
 
 
 def _micro_batch(pins: PlanConfig, jobs: Sequence[JobConfig]) -> int:
@@ -100,7 +114,29 @@ def _micro_batch(pins: PlanConfig, jobs: Sequence[JobConfig]) -> int:
     if pins.micro_batch != "auto":
         return pins.micro_batch
     lengths = {job.max_seq_len for job in jobs}
-    return max(1, FULL_FORWARD // lengths.pop()) if len(lengths) == 1 else 0
+    whole = max((job.batch_size for job in jobs), default=1) if pins.gradients == "released" else 1  # a step is one forward
+    return max(whole, FULL_FORWARD // lengths.pop()) if len(lengths) == 1 else 0
+
+
+def _check_released(plan: Plan, jobs: Sequence[JobConfig]) -> None:
+    """Gradients that nobody keeps are those of whole steps, and nothing is asked of all of them. Raises `InputError`."""
+    if plan.gradients == "kept":
+        return
+    for job in jobs:
+        fits = plan.micro_batch or max(1, FULL_FORWARD // job.max_seq_len)
+        why = None
+        if METHODS[type(job.method)].routable:
+            why = f"is for methods that train the base itself (full, freeze, rotate); {job.method.type} has few: use kept"
+        elif job.max_grad_norm is not None:
+            why = "cannot be clipped, the norm is known after the last one; set max_grad_norm: null"
+        elif plan.compute == "fp16":
+            why = "cannot be with fp16, whose loss scale asks for all gradients before a step; use plan.weights: bf16"
+        elif not job.data:
+            why = "cannot be driven by hand, gradients do not add up; use kept"
+        elif job.batch_size > fits:
+            why = f"needs a step to be one forward; set plan.micro_batch: {job.batch_size}, or batch_size: {fits}"
+        if why is not None:
+            raise InputError(f"plan.gradients: released (job '{job.name}') {why}")
 
 
 def _execution(model: str, pins: PlanConfig, jobs: Sequence[JobConfig], apart: str | None) -> tuple[int, str]:
@@ -160,7 +196,8 @@ def _spared(plan: Plan) -> tuple[str, ...]:
     where = "on disk" if plan.device == "cpu" else "in host memory"
     said = {"weights": f"the blocks' weights stay {where}", "activations": f"the blocks' inputs wait {where}", "none": ""}
     state = {"8bit": "optimizer state in 8 bits", "paged": "optimizer state in 8 bits, paged to the host", "fp32": ""}
-    return tuple(text for text in (said[plan.offload], state[plan.optimizer_state]) if text)
+    released = "each weight steps in backward, no gradients are kept" if plan.gradients == "released" else ""
+    return tuple(text for text in (said[plan.offload], state[plan.optimizer_state], released) if text)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from snugtune.config import JobConfig, RunConfig
 from snugtune.methods.freeze import FreezeConfig
 from snugtune.methods.full import FullConfig
+from snugtune.methods.rotate import RotateConfig
 from snugtune.model.formats import Bits4, Int8
 from snugtune.model.load import format_of
+from snugtune.optim import ApolloConfig, GaloreConfig
 from snugtune.types import Plan
 
 BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0}
@@ -45,7 +47,10 @@ def _base(plan: Plan) -> Iterator[Row]:
 
 def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:
     compute, name = plan.compute, job.name
-    if isinstance(job.method, (FullConfig, FreezeConfig)):
+    if isinstance(job.method, (FullConfig, FreezeConfig, RotateConfig)):
+        if isinstance(job.method, RotateConfig):
+            who = f"{job.method.blocks} blocks at a time have what follows{', and the ends' if job.method.ends else ''}"
+            yield Row(name, "weights of blocks in turns", compute, compute, BITS[compute], who)
         if compute == "fp32":
             yield Row(name, "weights that train", "fp32", "fp32", 32.0)
         else:
@@ -53,10 +58,16 @@ def _job(job: JobConfig, plan: Plan) -> Iterator[Row]:
             yield Row(name, "master weights", "fp32", "fp32", 32.0, "what the optimizer steps")
     else:
         yield Row(name, f"{job.method.type} weights", "fp32", compute, 32.0, "cast for each product; what the optimizer steps")
-    yield Row(name, "gradients of what trains", "fp32", "fp32", 32.0, f"made in {compute}, summed in fp32 over the step")
+    if plan.gradients == "kept":
+        yield Row(name, "gradients of what trains", "fp32", "fp32", 32.0, f"made in {compute}, summed in fp32 over the step")
+    else:
+        note = f"one weight's at a time, made in {compute}: it steps in backward"
+        yield Row(name, "gradients of what trains", "fp32", "fp32", None, note)
     kept, bits = ("fp32", 32.0) if plan.optimizer_state == "fp32" else ("8 bit", 8 + 32 / 256)
-    paged = "in the memory of the host" if plan.optimizer_state == "paged" else ""
-    yield Row(name, f"{job.optimizer.type} state", kept, "fp32", bits, paged)
+    note = "in the memory of the host" if plan.optimizer_state == "paged" else ""
+    if isinstance(job.optimizer, (GaloreConfig, ApolloConfig)):
+        note = f"of matrices rank {job.optimizer.rank}, else as many as AdamW's"
+    yield Row(name, f"{job.optimizer.type} state", kept, "fp32", bits, note)
     yield Row(name, "gradient norm, loss sums", "fp32", "fp32", None, "taken job by job")
     if compute == "fp16":
         note = "doubles after 2000 good steps, halves and skips one that overflows"

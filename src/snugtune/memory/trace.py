@@ -44,6 +44,7 @@ class Trace:
     matrices: Mapping[tuple[int, ...], float]  # shape of what the optimizer is given -> how many of it
     flat: float  # numbers in vectors that it is given, adapters in one piece
     small: float  # numbers in short ones
+    tied: float  # bytes of gradients that come in two parts: of what is in the body and the head
 
 
 class Ledger(TorchDispatchMode):
@@ -124,7 +125,7 @@ def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) 
     trainer = Trainer(base, plan, _NoWatch())
     for job in attached:
         trainer.add(job)
-        job.attached.zero_grad()
+        job.begin_step()
     at_rest = (*base.model.parameters(), *base.model.buffers())
     weights = {storage_of(t): t.untyped_storage().nbytes() for t in at_rest}
     trained = {storage_of(p): p.untyped_storage().nbytes() for p in _parameters(attached)}
@@ -146,11 +147,18 @@ def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) 
         matrices=Counter(tuple(weight.shape) for weight in weights_stepped if weight.dim() > 1),
         flat=sum(count for count in vectors if count >= SMALLEST),
         small=sum(count for count in vectors if count < SMALLEST),
+        tied=_tied_bytes(base),
     )
 
 
 def _frozen_bytes(block: nn.Module) -> int:
     return sum(module.nbytes for module in block.modules() if isinstance(module, FrozenLinear))
+
+
+def _tied_bytes(base: Base) -> int:
+    head = set() if base.head.project is None else set(base.head.project.parameters())
+    body = set() if base.body is None else set(base.body.parameters())
+    return sum(4 * weight.numel() for weight in head & body)
 
 
 def _parameters(jobs: Iterable[Job]) -> Iterator[Tensor]:

@@ -8,8 +8,9 @@ from snugtune.methods.freeze import Freeze, FreezeConfig
 from snugtune.methods.full import Full, FullConfig
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.methods.method import Attached, Method
+from snugtune.methods.rotate import Rotate, RotateConfig
 
-METHODS: dict[type, Method] = {LoraConfig: Lora(), FullConfig: Full(), FreezeConfig: Freeze()}
-MethodConfig = Annotated[LoraConfig | FullConfig | FreezeConfig, Field(discriminator="type")]
+METHODS: dict[type, Method] = {LoraConfig: Lora(), FullConfig: Full(), FreezeConfig: Freeze(), RotateConfig: Rotate()}
+MethodConfig = Annotated[LoraConfig | FullConfig | FreezeConfig | RotateConfig, Field(discriminator="type")]
 
 __all__ = ["METHODS", "Attached", "Method", "MethodConfig"]

@@ -47,10 +47,16 @@ class Freeze:
         return FullAttached(base, job, trainable(base, config))
 
 
+def block_of(name: str) -> int | None:
+    """The number of the block that a weight of this name is in."""
+    found = _BLOCK.search(name)
+    return None if found is None else int(found.group(1))
+
+
 def trainable(base: Base, config: FreezeConfig) -> tuple[str, ...]:
     """The names of the weights that train, in the model's order. Raises `InputError` for what the model does not have."""
     names = tuple(name for name, _ in base.model.named_parameters())
-    blocks = {name: int(found.group(1)) for name in names if (found := _BLOCK.search(name))}
+    blocks = {name: block for name in names if (block := block_of(name)) is not None}
     count = max(blocks.values(), default=-1) + 1
     for field in ("last_blocks", "first_blocks"):
         if getattr(config, field) > count:

@@ -115,6 +115,9 @@ class LoraAttached:
         slots = [self.base.site(name).slots[self.job] for name in self.sites]
         return [factor for slot in slots for factor in (slot.a, slot.b)]
 
+    def turn_to(self, step: int) -> bool:
+        return False
+
     def zero_grad(self) -> None:
         if self.flat.grad is not None:
             self.flat.grad.zero_()

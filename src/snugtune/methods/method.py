@@ -21,6 +21,10 @@ class Attached(Protocol):
         """The same weights one by one, in their shapes, for optimizers that look at these."""
         ...
 
+    def turn_to(self, step: int) -> bool:
+        """Let those weights train that do in optimizer step `step`; returns whether these are others than before."""
+        ...
+
     def zero_grad(self) -> None:
         """Begin a step: gradients of zeros."""
         ...

@@ -4,18 +4,22 @@ from typing import Annotated
 
 from pydantic import Field
 
-from snugtune.optim.clip import clip_grad_norm
-from snugtune.optim.optimizers import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
+from snugtune.optim.clip import clip_grad_norm, norms_in_pieces
+from snugtune.optim.optimizers import AdafactorConfig, AdamWConfig, ApolloConfig, GaloreConfig, LionConfig, SgdConfig
 from snugtune.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, WsdConfig, learning_rate
 
-OptimizerConfig = Annotated[AdamWConfig | SgdConfig | LionConfig | AdafactorConfig, Field(discriminator="type")]
+OptimizerConfig = Annotated[
+    AdamWConfig | SgdConfig | LionConfig | AdafactorConfig | GaloreConfig | ApolloConfig, Field(discriminator="type")
+]
 ScheduleConfig = Annotated[ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="type")]
 
 __all__ = [
     "AdafactorConfig",
     "AdamWConfig",
+    "ApolloConfig",
     "ConstantConfig",
     "CosineConfig",
+    "GaloreConfig",
     "LinearConfig",
     "LionConfig",
     "OptimizerConfig",
@@ -24,4 +28,5 @@ __all__ = [
     "WsdConfig",
     "clip_grad_norm",
     "learning_rate",
+    "norms_in_pieces",
 ]

@@ -9,6 +9,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 _PIECE = 1 << 16  # elements
 
 
+def norms_in_pieces(gradient: Tensor) -> Tensor:
+    """The norms of a gradient's small pieces, [pieces]. The norm of those of all gradients is what `clip_grad_norm` gives."""
+    return torch.stack([torch.linalg.vector_norm(piece) for piece in gradient.flatten().split(_PIECE)])
+
+
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients so that their common L2 norm is at most `limit`. Returns the norm before, a scalar tensor.
 

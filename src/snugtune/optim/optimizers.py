@@ -7,12 +7,13 @@ one flat buffer where there is one. `kept_narrow` names what of its state can be
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from snugtune.optim.lowrank import Apollo, GaLore
 from snugtune.optim.narrow import NarrowState, narrow_bytes, widened_bytes
 from snugtune.schema import Config
 from snugtune.types import OptimizerState
@@ -26,8 +27,11 @@ class _Optimizer(Config):
 
     weight_decay: float = Field(default=0.0, ge=0, description="decay of the weights, decoupled from the gradient")
 
-    def build(self, parameters: Iterable[Tensor], state: OptimizerState = "fp32") -> torch.optim.Optimizer:
-        """The optimizer of these weights. One with an `obstacle` has no other state than its own."""
+    def build(self, parameters: Iterable[Tensor], state: OptimizerState = "fp32", seed: int = 0) -> torch.optim.Optimizer:
+        """The optimizer of these weights. One with an `obstacle` has no other state than its own.
+
+        `seed`: the job's, of which those that draw make all that they draw.
+        """
         if state == "fp32":
             return self._make(list(parameters))
         assert self.obstacle() is None
@@ -157,3 +161,71 @@ class AdafactorConfig(_Optimizer):
             scale_parameter=False,  # with it LoRA's B, which starts at zero, would hardly move
             relative_step=False,
         )
+
+
+class _LowRank(_Optimizer):
+    by_matrix: ClassVar[bool] = True
+
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    rank: int = Field(default=128, ge=1, description="dimensions of the moments; smaller matrices are stepped by AdamW")
+    update_every: int = Field(default=200, ge=1, description="steps until other dimensions are taken")
+    scale: float | None = Field(
+        default=None, gt=0, description="factor of a matrix' update (default: sqrt(shorter side / rank), as long as AdamW's)"
+    )
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="decay rates of the two moments, each in [0, 1)")
+    eps: float = Field(default=1e-8, gt=0, description="added to the denominator")
+
+    def obstacle(self) -> str | None:
+        return "its state is small already, of low rank"
+
+    def update_bytes(self, shape: Sequence[int], state: OptimizerState = "fp32") -> int:
+        if not self._is_projected(shape):
+            return 4 * math.prod(shape)  # the direction
+        return 4 * (3 * self.rank * max(shape) + self._projection(min(shape)))
+
+    def _numbers(self, shape: Sequence[int]) -> int:
+        return 2 * self.rank * max(shape) if self._is_projected(shape) else 2 * math.prod(shape)
+
+    def _is_projected(self, shape: Sequence[int]) -> bool:
+        return len(shape) == 2 and min(shape) > self.rank
+
+    def _projection(self, side: int) -> int:
+        """Numbers of what finds or draws it."""
+        return self.rank * side
+
+    def _settings(self) -> dict[str, Any]:
+        return self.model_dump(include={"lr", "betas", "eps", "weight_decay", "rank", "update_every", "scale"})
+
+
+class GaloreConfig(_LowRank):
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507): AdamW in the r largest singular directions of each matrix' gradient.
+
+    State of a matrix of sides L >= S: 4 r (2 L + S) bytes, where AdamW has 8 L S.
+    """
+
+    type: Literal["galore"] = "galore"
+
+    def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        return GaLore(parameters, **self._settings())
+
+    def _numbers(self, shape: Sequence[int]) -> int:
+        return super()._numbers(shape) + (self.rank * min(shape) if self._is_projected(shape) else 0)
+
+    def _projection(self, side: int) -> int:
+        return 2 * (3 * side * side + 1024 * side)  # in fp64: the product with itself, its eigenvectors and what finds them, rows
+
+
+class ApolloConfig(_LowRank):
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270): the gradient, each row as long as AdamW would make it in r random dimensions.
+
+    State of a matrix of sides L >= S: 8 r L bytes, where AdamW has 8 L S. APOLLO-Mini: rank 1, scaling tensor.
+    """
+
+    type: Literal["apollo"] = "apollo"
+    scaling: Literal["channel", "tensor"] = Field(
+        default="channel", description="what has a length of its own: each row of the longer side, or the matrix as a whole"
+    )
+
+    def build(self, parameters: Iterable[Tensor], state: OptimizerState = "fp32", seed: int = 0) -> torch.optim.Optimizer:
+        assert state == "fp32"
+        return Apollo(parameters, seed, self.scaling == "tensor", **self._settings())

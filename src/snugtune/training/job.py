@@ -15,11 +15,13 @@ from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
 from snugtune.errors import InputError, SnugtuneError, StopRequestedError, UnreadableError
 from snugtune.methods import METHODS, Attached
+from snugtune.methods.full import FullAttached
 from snugtune.model.base import Base
 from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.release import StepInBackward
 from snugtune.types import FULL_FORWARD, Chunk, Plan
 
 _COUNTERS = (
@@ -49,6 +51,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     capacity: int  # tokens of a chunk; 0: one sequence a chunk
     scaler: torch.amp.GradScaler | None = None  # fp16 only
+    in_backward: StepInBackward | None = None  # where gradients are not kept
     step: int = 0
     served: float = 0.0  # virtual tokens of its whole steps: tokens / weight, from where it joined
     skipped_in_a_row: int = 0
@@ -133,6 +136,22 @@ class Job:
     def lr(self) -> float:
         """The rate of the step to come."""
         return learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.total)
+
+    def begin_step(self) -> None:
+        """Let train what trains in the step to come; gradients of zeros, or what takes them as they are made."""
+        self._turn_to(self.step)
+        self.attached.zero_grad()
+        if self.in_backward is not None:
+            self.in_backward.begin(self.lr())
+
+    def _turn_to(self, step: int) -> None:
+        """What the optimizer remembers of weights that no longer train is forgotten."""
+        if self.attached.turn_to(step):
+            weights = stepped(self.attached, self.config)
+            self.optimizer.param_groups[0]["params"] = weights
+            kept = {id(weight) for weight in weights}
+            for weight in [weight for weight in self.optimizer.state if id(weight) not in kept]:
+                del self.optimizer.state[weight]
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale that keeps small gradients within fp16's range.
@@ -235,6 +254,7 @@ class Job:
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """The inverse of `state`. Not of a job at rest."""
         assert self.at_rest is None
+        self._turn_to(max(0, numbers["step"] - 1))  # the next turn begins with the step to come
         self._load_tensors(tensors, numbers["optimizer"])
         for name in _COUNTERS:
             setattr(self, name, numbers[name])
@@ -309,6 +329,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """Attach the job's method to the base and set up its optimizer, at step 0. Raises `InputError`."""
     check_fits(base, config, data)
+    if plan.gradients == "released" and not base.packable and config.batch_size > 1:
+        raise InputError(
+            f"plan.gradients: released needs a step to be one forward, but sequences of '{base.name}' cannot share one; "
+            "set batch_size: 1, or gradients: kept"
+        )
     return new_job(base, config, data, plan)
 
 
@@ -316,13 +341,19 @@ def new_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
     """The same without a look at the data."""
     attached = METHODS[type(config.method)].attach(base, config.name, config.method, config.seed)
     attached.drop_grad()  # until its turn comes
+    optimizer = config.optimizer.build(stepped(attached, config), plan.optimizer_state, config.seed)
+    in_backward = None
+    if plan.gradients == "released":
+        assert isinstance(attached, FullAttached), "the plan has seen to that"
+        in_backward = StepInBackward(attached, optimizer)
     return Job(
         config=config,
         data=data,
         attached=attached,
-        optimizer=config.optimizer.build(stepped(attached, config), plan.optimizer_state),
+        optimizer=optimizer,
         capacity=capacity_of(config, plan) if base.packable else 0,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
+        in_backward=in_backward,
     )
 
 

@@ -11,6 +11,7 @@ from snugtune.errors import JobFailedError
 from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.release import StepInBackward
 from snugtune.types import Chunk
 
 MAX_SKIPS = 10
@@ -69,26 +70,46 @@ def optim_step(job: Job, lr: float | None = None) -> float:
 
     `lr`: instead of what the job's schedule says. After too many skips in a row the job is given up.
     """
+    if job.in_backward is not None:
+        return _ended_in_backward(job, job.in_backward)
     for group in job.optimizer.param_groups:
         group["lr"] = job.lr() if lr is None else lr
     job.unscale()
     limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
     norm = float(clip_grad_norm(job.attached.parameters(), limit))
-    finite = math.isfinite(norm)
     with _whole_or_given_up(job):
-        if finite:
+        if math.isfinite(norm):
             job.optimizer.step()
         job.rescale()
         job.attached.publish()
         job.step += 1
-    job.skipped_in_a_row = 0 if finite else job.skipped_in_a_row + 1
+    _count_skip(job, not math.isfinite(norm))
+    return norm
+
+
+def _ended_in_backward(job: Job, taken: StepInBackward) -> float:
+    """A step that was made in backward. One that only a part of the weights made is the job's last."""
+    with _whole_or_given_up(job):
+        norm = float(taken.end())
+        job.step += 1
+    _count_skip(job, not math.isfinite(norm))
+    if not math.isfinite(norm) and taken.half_done:
+        job.diverged = True
+        job.failure = (
+            f"job '{job.name}': gradients stopped being finite within backward (step {job.step}), when some weights had made "
+            "their step; lower optimizer.lr, or set plan.gradients: kept, which skips such a step"
+        )
+    return norm
+
+
+def _count_skip(job: Job, skipped: bool) -> None:
+    job.skipped_in_a_row = job.skipped_in_a_row + 1 if skipped else 0
     if job.skipped_in_a_row >= MAX_SKIPS:
         job.diverged = True
         job.failure = (
             f"job '{job.name}': {MAX_SKIPS} steps in a row had no finite gradient (step {job.step}); "
             "lower optimizer.lr, lengthen schedule.warmup, or look for broken examples"
         )
-    return norm
 
 
 def completed(job: Job, work: Work, norm: float, peak_memory: int) -> StepMetrics:
@@ -122,7 +143,12 @@ def _whole_or_given_up(job: Job) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        where = "was broken off in the middle of its optimizer step"
-        job.failure = f"job '{job.name}': {where} ({type(error).__name__}); let it go on from its last saved state"
-        job.error = error if isinstance(error, Exception) else JobFailedError(job.failure)
+        give_up_half_way(job, error)
         raise
+
+
+def give_up_half_way(job: Job, error: BaseException) -> None:
+    """Its weights are neither those before the step nor those after it."""
+    where = "was broken off in the middle of its optimizer step"
+    job.failure = f"job '{job.name}': {where} ({type(error).__name__}); let it go on from its last saved state"
+    job.error = error if isinstance(error, Exception) else JobFailedError(job.failure)

@@ -26,7 +26,7 @@ from snugtune.training.job import Guard, Job, quarantine
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.rest import Residence
 from snugtune.training.schedule import Waiting, next_batch, schedule
-from snugtune.training.step import Turn, Work, completed, optim_step
+from snugtune.training.step import Turn, Work, completed, give_up_half_way, optim_step
 from snugtune.types import Chunk, Plan
 
 LOOKAHEAD = 2
@@ -192,7 +192,9 @@ class Trainer:
             self.bring_in(job)
             chunks = job.chunks()
             size = sum(job.objective.size(c) for c in chunks)
-            job.attached.zero_grad()
+            if job.in_backward is not None and len(chunks) > 1:
+                raise InputError(f"plan.gradients: released needs a step to be one forward, not {len(chunks)}; use kept")
+            job.begin_step()
             self.turns[job.name] = Turn(chunks, size, torch.zeros((), device=self.base.device), (self.tokens, self.seconds))
         return job.failure is None
 
@@ -204,9 +206,12 @@ class Trainer:
         chunks = [turn.chunks[turn.done] for turn in turns.values()]
         try:
             losses = self._accumulate(chunks, {name: turn.size for name, turn in turns.items()}, quarantine)
-        except BaseException:
+        except BaseException as error:
             for name in names:  # half a gradient is none: these steps begin anew
-                self._forget_turn(self.jobs[name])
+                job = self.jobs[name]
+                if job.in_backward is not None and job.in_backward.half_done:
+                    give_up_half_way(job, error)
+                self._forget_turn(job)
             raise
         for chunk in chunks:
             self.tokens += len(chunk.tokens)
@@ -299,7 +304,7 @@ class Trainer:
         for job in (self.jobs[name] for name in queues):
             self.bring_in(job)
             if any(weight.grad is None for weight in job.attached.parameters()):
-                job.attached.zero_grad()
+                job.begin_step()
         losses = {name: torch.zeros((), device=self.base.device) for name in queues}
         for chunks in schedule(queues, self.plan.fused_tokens):
             for name, loss in self._accumulate(chunks, sizes, lambda _: nullcontext(), objectives or {}).items():
