@@ -49,7 +49,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     data = _tokenised(config, texts, found[0], observer)
     fitted = None
     if checkpoint is None:
-        fitted = planned_within(config, Model(source, model_config, stored, apart), data, observer.note)
+        fitted = planned_within(config, Model(source, model_config, stored, apart), data)
         planned = fitted.chosen.planned
     else:
         planned = _planned_before(checkpoint)

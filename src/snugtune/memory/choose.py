@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
 from snugtune.config import PlanConfig, RunConfig
+from snugtune.errors import InputError
 from snugtune.memory.budget import free_memory, resident
-from snugtune.memory.demand import largest_chunk
+from snugtune.memory.demand import full_chunk, largest_chunk
 from snugtune.memory.estimate import Estimate, Estimator, Work
 from snugtune.memory.fit import Fitted, Question, fit
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.memory.process import runtime
 from snugtune.model.load import DTYPES
-from snugtune.model.source import ModelSource, Say
+from snugtune.model.source import ModelSource
 from snugtune.training.examples import JobData
 from snugtune.types import Plan, Width
 from snugtune.words import bytes_of
@@ -40,26 +42,38 @@ class Model:
         return plan.device == "cpu" and self.config.dtype == DTYPES.get(plan.weights)
 
 
-def planned_within(config: RunConfig, model: Model, data: Mapping[str, JobData], say: Say) -> Fitted:
+def planned_within(config: RunConfig, model: Model, data: Mapping[str, JobData]) -> Fitted:
     """The quickest plan within the config's budget, or else within what the device has free. Raises `DoesNotFitError`."""
     question = question_of(config, model, data)
-    device = question.make(config.plan).plan.device
-    here = resident() if device == "cpu" else 0
-    budget = free_memory(device) + here if config.memory is None else bytes_of(config.memory)
-    return fit(question, budget)
+    return fit(question, budget_of(config, question.make(config.plan).plan.device))
 
 
-def question_of(config: RunConfig, model: Model, data: Mapping[str, JobData]) -> Question:
-    """What is to be planned, with the chunks of its data."""
+def budget_of(config: RunConfig, device: str) -> int:
+    """Bytes that this process may have. Raises `InputError` where nothing says how much that is."""
+    if config.memory is not None:
+        return bytes_of(config.memory)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("memory: how much has the GPU? There is none here to ask; give --memory, as 24GiB")
+    return free_memory(device) + (resident() if device == "cpu" else 0)
+
+
+def question_of(config: RunConfig, model: Model, data: Mapping[str, JobData] | None, elsewhere: bool = False) -> Question:
+    """What is to be planned, with the largest chunks of its data; without data, with the largest that may be.
+
+    `elsewhere`: for a machine that may have devices that this one lacks.
+    """
     here, jobs, estimator = resident(), config.resolved_jobs(), Estimator(model.config, config.trust_remote_code)
 
     def make(pins: PlanConfig) -> Planned:
-        return make_plan(config.model_copy(update={"plan": pins}), model.stored, model.apart)
+        return make_plan(config.model_copy(update={"plan": pins}), model.stored, model.apart, elsewhere)
+
+    usual = make(config.plan).plan
 
     @functools.cache
     def chunks(micro_batch: int, fused_tokens: int) -> Sequence[Work]:
         plan = replace(usual, micro_batch=micro_batch, fused_tokens=fused_tokens)
-        return _together([largest_chunk(job, data[job.name], plan) for job in jobs], plan)
+        largest = [full_chunk(job, plan) if data is None else largest_chunk(job, data[job.name], plan) for job in jobs]
+        return _together(largest, plan)
 
     def demand(plan: Plan) -> Sequence[Work]:
         return chunks(plan.micro_batch, plan.fused_tokens)
@@ -67,7 +81,6 @@ def question_of(config: RunConfig, model: Model, data: Mapping[str, JobData]) ->
     def predict(plan: Plan, works: Sequence[Work]) -> Estimate:
         return estimator.estimate(plan, works, runtime(plan, here, model.files(), model.is_computed_with_as_it_lies(plan)))
 
-    usual = make(config.plan).plan
     return Question(config.plan, jobs, make, predict, demand, model.stored)
 
 

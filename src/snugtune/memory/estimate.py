@@ -163,7 +163,7 @@ def _traced(config: PretrainedConfig, plan: Plan, jobs: Sequence[Work], trust: b
         model = build()
         keep_blocks(model, blocks)
         chunks = [(job.config, _chunk(job, n)) for job in jobs]
-        return _numbers(trace_step(hollow_base(model, config.model_type), chunks, replace(plan, head_rows=head_rows)))
+        return _numbers(trace_step(hollow_base(model, plan, config.model_type), chunks, replace(plan, head_rows=head_rows)))
 
     n, head_rows = (scored, plan.head_rows) if scored <= 4 * FEW_ROWS else (2 * FEW_ROWS, FEW_ROWS)
     few = at(low, n, head_rows)

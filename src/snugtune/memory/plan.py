@@ -36,22 +36,28 @@ class Planned:
     reasons: tuple[str, ...]
 
 
-def make_plan(config: RunConfig, stored: Width | None = None, apart: str | None = None) -> Planned:
+def make_plan(config: RunConfig, stored: Width | None = None, apart: str | None = None, elsewhere: bool = False) -> Planned:
     """Choose the knobs of a run; see `plan_for`."""
-    return plan_for(config.model, config.device, config.plan, config.resolved_jobs(), stored, apart)
+    return plan_for(config.model, config.device, config.plan, config.resolved_jobs(), stored, apart, elsewhere)
 
 
 def plan_for(
-    model: str, wanted: str, pins: PlanConfig, jobs: Sequence[JobConfig], stored: Width | None = None, apart: str | None = None
+    model: str,
+    wanted: str,
+    pins: PlanConfig,
+    jobs: Sequence[JobConfig],
+    stored: Width | None = None,
+    apart: str | None = None,
+    elsewhere: bool = False,
 ) -> Planned:
     """Choose the knobs; `wanted` is the device, `jobs` are those that are known, of which there may be none yet.
 
     `stored`: the format that the checkpoint keeps its weights in, where it is a narrow one; `apart`: why this base's jobs
-    cannot share a forward, where its config tells.
+    cannot share a forward, where its config tells; `elsewhere`: it is for a machine that may have devices that this one lacks.
 
     Raises `InputError` for a pin that this device, the methods or the checkpoint cannot serve.
     """
-    device = _device(wanted)
+    device = _device(wanted, elsewhere)
     weights, why_weights = _weights(pins.weights, device, stored)
     offload, recompute = _offload(pins)
     _check_frozen(jobs, weights, offload, stored)
@@ -178,7 +184,9 @@ def _resting(pins: PlanConfig, jobs: Sequence[JobConfig]) -> tuple[str, ...]:
 
 
 def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:
-    name = torch.cuda.get_device_name() if plan.device == "cuda" else f"{plan.threads} threads"
+    name = f"{plan.threads} threads"
+    if plan.device == "cuda":
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "another machine's"
     products = "int8" if plan.weights == "w8a8" else plan.compute
     narrow = f", products in {products}" if plan.weights in NARROW else ""
     return (
@@ -244,8 +252,8 @@ def plan_for_answers(stored: Width | None = None, weights: str = "auto", kept: K
     return replace(plan, **how), why
 
 
-def _device(wanted: str) -> Literal["cpu", "cuda"]:
-    if wanted == "cuda" and not torch.cuda.is_available():
+def _device(wanted: str, elsewhere: bool = False) -> Literal["cpu", "cuda"]:
+    if wanted == "cuda" and not torch.cuda.is_available() and not elsewhere:
         raise InputError("device: cuda was asked for, but torch finds no CUDA device here; use device: auto or cpu")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -308,6 +316,8 @@ def _compute(weights: Width, device: str) -> Dense:
 
 def _native(device: str) -> tuple[Dense, str]:
     """The number format that this device computes fastest in, and why."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "bf16", "native on GPUs since Ampere"
     if device == "cuda":
         return (
             ("bf16", "native on this GPU")

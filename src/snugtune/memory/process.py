@@ -1,6 +1,7 @@
-"""What a process on CPU has besides tensors: measured constants, each with what it was measured on.
+"""What a process has besides tensors: named constants, each with where it comes from.
 
-All with SmolLM2-135M and models of its size, torch 2.13, on Linux; `benchmarks/estimate.py` holds predictions against runs.
+Those of CPU were measured with SmolLM2-135M and models of its size, torch 2.13, on Linux; `benchmarks/estimate.py` holds
+predictions against runs. Those of CUDA are others' measurements and torch's source: no GPU was here.
 """
 
 import sys
@@ -20,12 +21,23 @@ HOLES = {"mimalloc": 0.09, "glibc": 0.55}
 """Of what comes and goes in a step, so much lies unused between it at the peak."""
 _HOLES_ELSEWHERE = 0.15
 
+CONTEXT = 550 * MIB
+"""CUDA's own, with the kernels that a run loads: 2044 bytes for each thread that the device can hold, and 6 MiB (published sizes
+of five GPUs lie within 15 MiB of that: 414 MiB on an A100), and 150 MiB of kernels, loaded lazily."""
+WORKSPACES = 2 * 32 * MIB
+"""cuBLAS': 32 MiB for each of two threads' handles from compute capability 9.0 on, 8.1 before (CublasHandlePool.cpp)."""
+ROUNDED = 0.04
+"""Of CUDA's blocks: those from 1 MiB on may have up to 1 MiB more than was asked for (kSmallSize, kMinBlockSize of torch's
+caching allocator), and what is between them cannot always be used."""
+
 
 def runtime(plan: Plan, process: int, files: Sequence[Path], files_stay: bool) -> Runtime:
     """Of a process that has so many bytes in memory before the base is loaded.
 
     `files`: those of the model; `files_stay`: the weights are computed with as they lie there, mapped.
     """
+    if plan.device == "cuda":
+        return Runtime(CONTEXT + WORKSPACES, ROUNDED)
     late = BITSANDBYTES if _needs_bitsandbytes(plan) and "bitsandbytes" not in sys.modules else 0
     read = 0 if files_stay or plan.weights in NARROW or plan.offload == "weights" else sum(f.stat().st_size for f in files)
     return Runtime(process + GROWS + late, HOLES.get(allocator.name(), _HOLES_ELSEWHERE), read)

@@ -92,6 +92,7 @@ class Base:
         self.own_head = proved.head is None
         self.body = None if proved.head is None else self.body
         self.head = Head(None, Logits()) if proved.head is None else Head(*proved.head, router=self.router)
+        self.head.cached = self.device.type != "cuda"
         if model.config.model_type in _DRAWS_EXPERTS:
             self.notes += ("it draws its experts at random in training: no two runs are alike, and resuming is not bit-exact",)
         if self.own_head:

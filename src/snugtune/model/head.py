@@ -49,7 +49,8 @@ class Head:
 
     `project` is the module that turns [n, D] into [n, V]; None means that the rows are logits already (the model's own
     unchunked head, for models whose head is more than `Logits` can say). `segment` says whose rows these are, for heads
-    that carry adapters; `for_segment` gives the head of another chunk.
+    that carry adapters; `for_segment` gives the head of another chunk. `cached`: logits in fp32 are made of a few rows at a time,
+    which stay in a processor's cache; of all at once for a GPU.
     """
 
     def __init__(
@@ -59,17 +60,19 @@ class Head:
         rows_at_once: int = HEAD_ROWS,
         router: Router | None = None,
         segment: Segment | None = None,
+        cached: bool = True,
     ):
         self.project = project
         self.shape = shape
         self.rows_at_once = rows_at_once
         self.router = router
         self.segment = segment
+        self.cached = cached
 
     def for_segment(self, segment: Segment) -> "Head":
         """This head for the rows of one chunk, whatever slice of them comes at a time."""
         covering = replace(segment, tokens=slice(None))
-        return Head(self.project, self.shape, self.rows_at_once, self.router, covering)
+        return Head(self.project, self.shape, self.rows_at_once, self.router, covering, self.cached)
 
     def logits(self, h: Tensor, offset: int = 0) -> Tensor:
         """[n, D] -> [n, V] in fp32, at once. `offset` is where these rows stand in their chunk (it seeds dropout)."""
@@ -140,7 +143,7 @@ class _FrozenNll(torch.autograd.Function):
         for start in range(0, len(h), max(1, rows)):
             part = slice(start, start + rows)
             raw = layer.matmul(_at_least_min(h[part]))
-            for few in _few(raw):
+            for few in _few(raw, head.cached):
                 total += _nll(raw[few], targets[part][few], weights[part][few], head.shape, smoothing, dh is not None)
             if dh is not None:
                 dh[part] = layer.matmul_t(raw)[: len(h[part])]
@@ -156,9 +159,9 @@ class _FrozenNll(torch.autograd.Function):
         return (None if dh is None else (_wide(dh) * grads[0]).to(dh.dtype)), None, None, None, None, None
 
 
-def _few(raw: Tensor) -> Iterator[slice]:
+def _few(raw: Tensor, cached: bool) -> Iterator[slice]:
     """Rows whose logits in fp32 stay in the processor's cache: passing over them again and again costs little there."""
-    count = max(2, _CACHED // raw.shape[1]) if raw.device.type != "cuda" else len(raw)
+    count = max(2, _CACHED // raw.shape[1]) if cached else len(raw)
     return (slice(start, start + count) for start in range(0, len(raw), count))
 
 

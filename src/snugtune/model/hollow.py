@@ -58,6 +58,8 @@ def keep_blocks(model: PreTrainedModel, count: int) -> None:
         del cast(nn.ModuleList, model.get_submodule(parent))[int(index)]
 
 
-def hollow_base(model: PreTrainedModel, name: str) -> Base:
+def hollow_base(model: PreTrainedModel, plan: Plan, name: str) -> Base:
     """A `Base` of `hollow_model`'s. It has no tokenizer."""
-    return Base(model, cast(Any, None), name, identity="hollow", proved=proofs.presume(model, find_body(model)))
+    base = Base(model, cast(Any, None), name, identity="hollow", proved=proofs.presume(model, find_body(model)))
+    base.head.cached = plan.device == "cpu"
+    return base
