@@ -13,6 +13,7 @@ from snugtune.files import is_leftover, read_json, user_path, write_whole
 from snugtune.memory.plan import Kept, Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.adapter_folder import CONFIG_FILE
+from snugtune.training.recut import Change
 
 MODEL_FILE = "config.json"
 """What makes a folder one of a transformers model."""
@@ -129,9 +130,10 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{self.plan}: {error}; bring back what the run wrote") from error
 
-    def write_plan(self, planned: Planned, peak: int | None) -> None:
-        """`peak`: measured, in bytes; None while the run goes on."""
-        content = {"plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
+    def write_plan(self, planned: Planned, changes: Sequence[Change], peak: int | None) -> None:
+        """`changes`: of the plan, under way; `peak`: measured, in bytes; None while the run goes on."""
+        told = [asdict(change) for change in changes]
+        content = {"plan": asdict(planned.plan), "reasons": planned.reasons, "changes": told, "measured_peak_bytes": peak}
         write_whole(self.plan, json.dumps(content, indent=2) + "\n")
 
 

@@ -54,7 +54,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     if checkpoint is None and config.plan.execution == "auto" and planned.plan.fused_tokens:
         planned = _settled(planned, config, data, base, observer.note)
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
-    trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
+    trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path, observer.note)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
     session.data = {name: known.summary() for name, known in data.items()}
     try:
@@ -68,7 +68,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         session.pending = trainer.start_metrics()
     else:
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
-        session.saved = session.step, frozenset(trainer.jobs)
+        session.saved = session.stands
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session
@@ -108,6 +108,9 @@ def _start_jobs(session: Session, data: Mapping[str, JobData], checkpoint: Check
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
+    for change in [] if checkpoint is None else checkpoint.changes:
+        trainer.change(change)
+        observer.note(f"plan ({change.job}): {change.told}")
     for note in base.kernel_notes:
         observer.note(f"kernels: {note}")
 

@@ -40,6 +40,17 @@ class Watch:
             self.largest = tokens
             give_back_freed()
 
+    def give_back(self) -> None:
+        """After work that memory was too short for: give back what it held."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            give_back_freed()
+
+    def exceeded(self) -> bool:
+        """Whether more was used than there is to use since this was last asked: never, where nobody set a limit."""
+        return False
+
 
 def free_memory(device: str) -> int:
     """Bytes that this process could still have, within its container's limit."""

@@ -49,8 +49,10 @@ class FullAttached:
         return list(self.masters.values())
 
     def zero_grad(self) -> None:
-        for master in self.masters.values():
+        for name, master in self.masters.items():
             assert master.grad is not None
+            if master is not self.weights[name]:
+                self.weights[name].grad = None  # of a step that broke off before it was collected
             master.grad.zero_()
 
     def drop_grad(self) -> None:

@@ -13,14 +13,15 @@ from torch import Tensor
 from snugtune.config import JobConfig
 from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
-from snugtune.errors import InputError, SnugtuneError, StopRequestedError, UnreadableError
+from snugtune.errors import InputError, OutOfMemoryError, SnugtuneError, StopRequestedError, UnreadableError
 from snugtune.methods import METHODS, Attached
 from snugtune.model.base import Base
 from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
-from snugtune.types import FULL_FORWARD, Chunk, Plan
+from snugtune.training.recut import is_out_of_memory
+from snugtune.types import FULL_FORWARD, HEAD_ROWS, Chunk, Plan
 
 _COUNTERS = (
     "step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale",
@@ -48,6 +49,7 @@ class Job:
     attached: Attached
     optimizer: torch.optim.Optimizer
     capacity: int  # tokens of a chunk; 0: one sequence a chunk
+    head_rows: int = HEAD_ROWS  # rows of logits alive at once
     scaler: torch.amp.GradScaler | None = None  # fp16 only
     step: int = 0
     served: float = 0.0  # virtual tokens of its whole steps: tokens / weight, from where it joined
@@ -289,7 +291,7 @@ def quarantine(job: Job) -> Iterator[None]:
     """
     try:
         yield
-    except (StopRequestedError, UnreadableError):
+    except (StopRequestedError, UnreadableError, OutOfMemoryError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -297,13 +299,6 @@ def quarantine(job: Job) -> Iterator[None]:
         job.error, job.diverged = error, False
         told = str(error) if isinstance(error, SnugtuneError) else f"{type(error).__name__}: {error}"
         job.failure = f"job '{job.name}': {told}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short. torch says so on CPU by a plain `RuntimeError` of its allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
@@ -317,6 +312,7 @@ def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         attached=attached,
         optimizer=config.optimizer.build(_stepped(attached, config), plan.optimizer_state),
         capacity=_capacity(config, plan) if base.packable else 0,
+        head_rows=plan.head_rows,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
     )
 
