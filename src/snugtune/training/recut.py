@@ -21,6 +21,9 @@ Knob = Literal["fused_tokens", "capacity", "head_rows", "recompute"]
 OF_A_JOB: frozenset[Knob] = frozenset({"capacity", "head_rows"})
 """Knobs that are one job's own: to turn them leaves the bits of all others as they are. The rest changes no bits at all."""
 
+_LEAF = torch.zeros((), requires_grad=True)
+_OLDEST = _LEAF.clone()
+"""A node of autograd's that was made before all others."""
 _UNALLOCATED = ("can't allocate memory", "bad_alloc", "Unable to allocate")
 
 
@@ -116,7 +119,17 @@ def unless_short(work: Callable[[], T]) -> T | Short:
         if not is_out_of_memory(error):
             raise
         forget_locals(error)
-        return Short()
+    _forget_queue()
+    return Short()
+
+
+def _forget_queue() -> None:
+    """Let autograd's engine forget what was left of a backward that broke off: it keeps the whole graph, for ever.
+
+    Tasks wait in a queue of the thread, and the latest node's comes first. When that of the oldest has its turn, all others
+    have had theirs, and those of a broken backward are dropped.
+    """
+    torch.autograd.grad(_OLDEST, _LEAF, retain_graph=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
