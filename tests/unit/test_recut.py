@@ -284,16 +284,17 @@ def test_tightening_is_no_error_where_nothing_is_left(base: Base) -> None:
 def test_what_goes_on_from_a_checkpoint_is_cut_as_before(base: Base, tmp_path: Path) -> None:
     """Bit for bit as if it had not been stopped after the cut."""
     jobs = {name: fields | {"steps": 4} for name, fields in TWO.items()}
-    _, _, operators = trained(base, PLAN, jobs)
-    with running(base, PLAN, jobs) as run:
+    plan = replace(PLAN, recompute=2)
+    _, _, operators = trained(base, plan, jobs)
+    with running(base, plan, jobs) as run:
         with RunsOut(operators // 4):
             run.train(until=lambda: bool(run.trainer.changes))
         assert run.trainer.changes and any(job.active for job in run.trainer.jobs.values())
-        save_checkpoint(tmp_path, 1, PLAN, run.trainer.changes, "x", list(run.trainer.jobs.values()), [], [], 2)
+        save_checkpoint(tmp_path, 1, plan, run.trainer.changes, "x", list(run.trainer.jobs.values()), [], [], 2)
         run.train()
         truth, changes = run.ends(), run.trainer.changes
     saved = latest_checkpoint(tmp_path)
-    assert saved is not None and saved.changes == changes and saved.plan == PLAN
+    assert saved is not None and saved.changes == changes and saved.plan == plan
     with running(base, saved.plan, {}) as run:
         for name, fields in jobs.items():
             saved.restore(run.add(name, fields))

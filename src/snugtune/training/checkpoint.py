@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -253,9 +253,11 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
 def _check_types(found: Checkpoint) -> None:
     """Raises `ValueError` or `TypeError` for values that no checkpoint holds."""
     for name, hint in get_type_hints(Plan).items():
-        allowed, value = get_args(hint), getattr(found.plan, name)
-        if value not in allowed if allowed else type(value) is not hint:
-            raise ValueError(f"plan: {name} is {value!r}")
+        value = getattr(found.plan, name)
+        try:
+            _check(hint, value)
+        except ValueError as error:
+            raise ValueError(f"plan: {name} is {value!r}") from error
     _check(int, found.step)
     _check(list[_Change], [asdict(change) for change in found.changes])
     _check(dict[str, _Progress], found.jobs)

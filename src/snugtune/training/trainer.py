@@ -69,7 +69,7 @@ class Trainer:
         self._configure()
 
     def _configure(self) -> None:
-        self.base.configure(self.plan.recompute == "blocks", self.plan.head_rows, spill=self.plan.offload == "activations")
+        self.base.configure(self.plan.recompute, self.plan.head_rows, spill=self.plan.offload == "activations")
 
     def add(self, job: Job) -> None:
         """Let `job` take part from now on. Its name must be new. One that comes late has no arrears to catch up with.
