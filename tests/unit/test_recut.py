@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,11 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import NoWatch, tiny_base
 from joint import End, data_of, running, unlike
 from quantised import plan_of
+from snugtune.config import to_config
 from snugtune.data.pack import cut_step
 from snugtune.errors import InputError, OutOfMemoryError
 from snugtune.live import LiveTrainer
 from snugtune.methods.full import FullAttached
 from snugtune.model.base import Base
+from snugtune.observer import Silent
+from snugtune.run import train
 from snugtune.session import Session
 from snugtune.training import evaluation
 from snugtune.training.checkpoint import latest_checkpoint, save_checkpoint
@@ -36,7 +39,7 @@ from snugtune.training.metrics import StepMetrics
 from snugtune.training.recut import Change, Short, tighter, unless_short
 from snugtune.training.step import Turn
 from snugtune.training.trainer import Trainer
-from snugtune.types import Plan, Prompt
+from snugtune.types import Batch, Plan, Prompt
 
 SAID = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
 ONE = {"batch_size": 5, "lengths": (9, 14, 5, 20, 31, 3, 12), "seed": 1, "steps": 2, "optimizer": {"lr": 1e-2}}
@@ -315,6 +318,47 @@ def test_a_checkpoint_with_strange_changes_is_refused(damage: dict[str, Any], tm
     (saved / "run.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="cannot be used"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_run_that_does_not_fit_any_more_is_saved_where_it_stood(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """plan.json says what was tried; with memory again the same command goes on, with that, and does no step twice."""
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{"a word or another " * (1 + i % 3)}"}}\n' for i in range(9)))
+    fields = {"model": str(model_folder), "data": str(tmp_path / "data.jsonl"), "objective": "clm", "max_seq_len": 48}
+    fields |= {"batch_size": 4, "steps": 3, "plan": {"weights": "fp32"}, "output": str(tmp_path / "run")}
+    whole = Base.hidden
+
+    class Watching(Silent):
+        done = 0
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+        def step(self, metrics: StepMetrics) -> None:
+            self.done = metrics.step
+
+    observer = Watching()
+
+    def hidden(base: Base, batch: Batch) -> Tensor:
+        if observer.done == 1:
+            raise RuntimeError(SAID)
+        return whole(base, batch)
+
+    monkeypatch.setattr(Base, "hidden", hidden)
+    with pytest.raises(OutOfMemoryError, match=r"state saved at step 1, the same command goes on from there$"):
+        train(to_config(fields), observer)
+    changes = json.loads((tmp_path / "run/plan.json").read_text())["changes"]
+    assert changes and {change["step"] for change in changes} == {2}
+    monkeypatch.undo()
+    observer.notes.clear()
+    result = train(to_config(fields), observer)
+    assert [note for note in observer.notes if "from here on" in note] == [
+        f"plan (default): {Change(**change).told}" for change in changes
+    ]
+    assert [line["step"] for line in result.metrics if "loss" in line] == [1, 2, 3]
+    assert json.loads((tmp_path / "run/plan.json").read_text())["changes"] == changes
 
 
 # --- around steps ---------------------------------------------------------------------------------------------------------
