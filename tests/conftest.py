@@ -280,6 +280,12 @@ class NoWatch:
     def make_room(self, tokens: int) -> None:
         """Nothing is given back."""
 
+    def give_back(self) -> None:
+        """Nothing is."""
+
+    def exceeded(self) -> bool:
+        return False
+
 
 def peft_twin(model: PreTrainedModel, attached: LoraAttached) -> PeftModel:
     """`model` under PEFT's own LoRA, with the targets, settings and factors of `attached`."""

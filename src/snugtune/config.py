@@ -232,7 +232,9 @@ class PlanConfig(Config):
     micro_batch: int | Literal["auto"] = Field(
         default="auto", description="a forward holds at most micro_batch x max_seq_len tokens"
     )
-    recompute: Literal["auto", "none", "blocks"] = Field(default="auto", description="blocks: recompute activations in backward")
+    recompute: int | Literal["auto", "none", "blocks"] = Field(
+        default="auto", description="blocks: recompute activations in backward; a number k: those of every k-th block"
+    )
     optimizer_state: Literal["auto", "fp32", "8bit", "paged"] = Field(
         default="auto", description="what the optimizer remembers: in fp32, in 8 bits, or in 8 bits paged to the host (CUDA)"
     )
@@ -264,7 +266,7 @@ class PlanConfig(Config):
             raise ValueError("outlier_threshold: only for weights: int8")
         return self
 
-    @field_validator("micro_batch", "resident_jobs")
+    @field_validator("micro_batch", "recompute", "resident_jobs")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:

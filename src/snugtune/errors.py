@@ -33,6 +33,12 @@ class UnreadableError(StorageError):
     """The disk no longer gives or takes what a step keeps there. The step in which it happened did not happen."""
 
 
+class OutOfMemoryError(SnugtuneError):
+    """Memory ran out, and nothing is left that could be done with less of it. The step in which it did so did not happen."""
+
+    exit_code = 3
+
+
 class JobFailedError(SnugtuneError):
     """Jobs of a run were given up; what its other jobs trained is there."""
 

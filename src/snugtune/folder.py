@@ -14,6 +14,7 @@ from snugtune.memory.fit import CHOSEN, Fitted
 from snugtune.memory.plan import Kept, Planned, make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.adapter_folder import CONFIG_FILE
+from snugtune.training.recut import Change
 
 MODEL_FILE = "config.json"
 """What makes a folder one of a transformers model."""
@@ -130,10 +131,15 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{self.plan}: {error}; bring back what the run wrote") from error
 
-    def write_plan(self, planned: Planned, peak: int | None, fitted: Fitted | None = None) -> None:
-        """`peak`: measured, in bytes; None while the run goes on. What an earlier session knew of how it was chosen stays."""
+    def write_plan(self, planned: Planned, changes: Sequence[Change], peak: int | None, fitted: Fitted | None = None) -> None:
+        """`changes`: of the plan, under way; `peak`: measured, in bytes; None while the run goes on.
+
+        What an earlier session knew of how the plan was chosen stays.
+        """
         chosen = {k: v for k, v in self.read_plan().items() if k in CHOSEN} if fitted is None else fitted.facts()
-        content = {**chosen, "plan": asdict(planned.plan), "reasons": planned.reasons, "measured_peak_bytes": peak}
+        told = [asdict(change) for change in changes]
+        plan = {"plan": asdict(planned.plan), "reasons": planned.reasons, "changes": told, "measured_peak_bytes": peak}
+        content = {**chosen, **plan}
         write_whole(self.plan, json.dumps(content, indent=2) + "\n")
 
 

@@ -30,6 +30,7 @@ from snugtune.training.job import chunk_tokens, length_remark, start_job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW
+from snugtune.words import bytes_of
 
 
 def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
@@ -57,12 +58,12 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     keep_few_kernels(len(texts) if planned.plan.fused_tokens else 1)  # before the first product
     if planned.plan.offload == "weights" and give_back_large_blocks():
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
-    watch = Watch(planned.plan.device)
+    watch = Watch(planned.plan.device, None if config.memory is None else bytes_of(config.memory))
     base = _load(source, planned, checkpoint, config, observer, found)
     if checkpoint is None and config.plan.execution == "auto" and planned.plan.fused_tokens:
         planned = _settled(planned, config, data, base, observer.note)
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
-    trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path)
+    trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path, observer.note)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
     session.fitted = fitted
     session.data = {name: known.summary() for name, known in data.items()}
@@ -77,7 +78,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         session.pending = trainer.start_metrics()
     else:
         session.pending, session.looked = [StepMetrics(**fields) for fields in checkpoint.pending], session.step
-        session.saved = session.step, frozenset(trainer.jobs)
+        session.saved = session.stands
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session
@@ -119,6 +120,9 @@ def _start_jobs(session: Session, data: Mapping[str, JobData], checkpoint: Check
         if checkpoint is not None:
             checkpoint.restore(job)
         trainer.add(job)
+    for change in [] if checkpoint is None else checkpoint.changes:
+        trainer.change(change)
+        observer.note(f"plan ({change.job}): {change.told}")
     for note in base.kernel_notes:
         observer.note(f"kernels: {note}")
 

@@ -12,6 +12,7 @@ from snugtune.errors import (
     InputError,
     Interrupted,
     JobFailedError,
+    OutOfMemoryError,
     SnugtuneError,
     StopRequestedError,
     StorageError,
@@ -29,6 +30,7 @@ from snugtune.training.checkpoint import drop_best
 from snugtune.training.evaluation import evaluated, sampled
 from snugtune.training.job import quarantine
 from snugtune.training.metrics import Sample, by_job, held_out_course, read_metrics
+from snugtune.training.recut import Short, unless_short
 from snugtune.training.verdict import warning
 from snugtune.words import one_line
 
@@ -71,6 +73,8 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         except UnreadableError as error:
             session.save()
             raise UnreadableError(f"{error}; state saved at {session.place}, the same command goes on from there") from error
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{error}; {_kept(session)}") from error
         finally:
             seconds = time.perf_counter() - started
             _tell(session, observer, at_once=True)
@@ -79,14 +83,14 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         _warn(session, observer)
         if session.parked or any(job.failure for job in session.ended):
             _fail(session, observer, seconds)
-        folder.write_plan(session.planned, session.trainer.watch.peak(), session.fitted)
+        folder.write_plan(session.planned, session.trainer.changes, session.trainer.watch.peak(), session.fitted)
         drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
 
 
 def _write_outset(session: Session) -> None:
     """What is known of a run before it trains."""
-    session.folder.write_plan(session.planned, None, session.fitted)
+    session.folder.write_plan(session.planned, session.trainer.changes, None, session.fitted)
     write_whole(session.folder.data, json.dumps(session.data, indent=2) + "\n")
 
 
@@ -115,6 +119,18 @@ def _fail(session: Session, observer: Observer, seconds: float) -> NoReturn:
         raise StorageError("; ".join([*failures, *waiting, *unkept]))
     kind = DivergedError if all(job.diverged for job in given_up) else JobFailedError
     raise kind("; ".join(failures))
+
+
+def _kept(session: Session) -> str:
+    """Keep what was trained before memory ran out, where it lets that be; says where the run can go on from."""
+    if any(job.failure for job in session.trainer.jobs.values()):  # one was broken off; the last checkpoint has it whole
+        return "the same command goes on from the last checkpoint"
+    try:
+        saved = not isinstance(unless_short(session.save), Short)
+    except StorageError:
+        saved = False
+    kept = f"state saved at {session.place}, the same command goes on from there" if saved else "its state could not be saved"
+    return kept if saved else f"{kept}, the same command goes on from the last checkpoint"
 
 
 def _again(names: Sequence[str], jobs: int) -> str:

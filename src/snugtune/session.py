@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import FrameType
 from typing import Any
 
 from snugtune.allocator import give_back_freed
@@ -20,6 +19,7 @@ from snugtune.training.artefact import save_artefact
 from snugtune.training.checkpoint import load_best, save_best, save_checkpoint
 from snugtune.training.job import Ended, Job, quarantine
 from snugtune.training.metrics import MetricsFile, Sample, StepMetrics
+from snugtune.training.recut import forget_locals
 from snugtune.training.trainer import Trainer
 from snugtune.words import one_line
 
@@ -45,13 +45,14 @@ class Session:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> what its data is
     parked: dict[str, StorageError] = field(default_factory=dict)  # jobs that could not be written; they keep their state
     pending: list[StepMetrics] = field(default_factory=list)  # steps done, not yet evaluated and reported
-    saved: tuple[int, frozenset[str]] | None = None  # the newest checkpoint: its step, and the jobs that go on
+    saved: tuple[int, frozenset[str], int] | None = None  # the newest checkpoint: its step, jobs that go on, changes of the plan
     held_back: list[StepMetrics] = field(default_factory=list)  # of parked jobs: evaluated once their disk takes it
     looked: int = 0  # the step at which one was last thought of
     told: dict[str, dict[str, Any]] = field(default_factory=dict)  # what jobs.json says
     told_at: float = 0.0  # when
     told_of: tuple[int, int] = (0, 0)  # how many jobs had ended or were parked then
     telling: float = 0.0  # seconds that it took
+    planned_of: int = 0  # how many changes of the plan plan.json knows
 
     @property
     def step(self) -> int:
@@ -71,11 +72,15 @@ class Session:
         return f"step {min(job.step for job in jobs)} to {max(job.step for job in jobs)} of {len(jobs)} jobs"
 
     def save_is_due(self) -> bool:
-        """Whether each job that trains has done, on average, as many steps as lie between two checkpoints."""
+        """Whether each job that trains has done, on average, as many steps as lie between two checkpoints.
+
+        Or the plan was changed: what goes on from a checkpoint shall go on with that.
+        """
         every = self.config.checkpoint_every or max(1, -(-self._longest // AUTO_CHECKPOINTS))
         every *= max(1, len(self.trainer.jobs))
         before, self.looked = self.looked, self.step
-        return self.looked // every > before // every
+        changed = len(self.trainer.changes) > (0 if self.saved is None else self.saved[2])
+        return changed or self.looked // every > before // every
 
     @cached_property
     def _longest(self) -> int:
@@ -88,12 +93,17 @@ class Session:
         None is written while a job rests in a file that cannot be read: the last one has what it was.
         """
         lost = any(self.trainer.jobs[name].at_rest is not None for name in self.parked)
-        state = self.step, frozenset(self.trainer.jobs)
-        if state != self.saved and not lost:
+        if self.stands != self.saved and not lost:
             root, keep, base = self.folder.checkpoints, self.config.keep_checkpoints, self.trainer.base.fingerprint
-            active = list(self.trainer.jobs.values())
-            save_checkpoint(root, self.step, self.planned.plan, base, active, self.ended, [*self.pending, *self.held_back], keep)
-            self.saved = state
+            active, pending = list(self.trainer.jobs.values()), [*self.pending, *self.held_back]
+            plan, changes = self.planned.plan, self.trainer.changes
+            save_checkpoint(root, self.step, plan, changes, base, active, self.ended, pending, keep)
+            self.saved = self.stands
+
+    @property
+    def stands(self) -> tuple[int, frozenset[str], int]:
+        """What tells one checkpoint from another; see `saved`."""
+        return self.step, frozenset(self.trainer.jobs), len(self.trainer.changes)
 
     def judge(self, metrics: StepMetrics) -> None:
         """Note a better held-out loss, and keep the weights that gave it where they are the result.
@@ -131,7 +141,7 @@ class Session:
                 note(f"given up: {job.failure}")
             if job.error is not None:
                 self.errors[job.name] = job.error
-                _drop_locals(job.error)
+                forget_locals(job.error)
             self.ended.append(Ended.of(job))
             self.trainer.remove(job.name)
 
@@ -140,7 +150,7 @@ class Session:
         if not isinstance(job.error, StorageError):
             return False
         self.parked[job.name], job.paused = job.error, True
-        _drop_locals(job.error)
+        forget_locals(job.error)
         job.failure = job.error = None
         note(f"{job.name}: waits as it is, the others go on: {self.parked[job.name]}")
         return True
@@ -182,7 +192,8 @@ class Session:
             return told | {"status": "finished" if job.step == job.total else "stopped early"}
         if job.failure is not None:
             told |= {"status": "failed", "reason": one_line(job.failure.removeprefix(f"job '{job.name}': "))}
-            error, before = self.errors.get(job.name), self.told.get(job.name, {})
+            error = job.error if isinstance(job, Job) else self.errors.get(job.name)  # a stop may come before it is retired
+            before = self.told.get(job.name, {})
             if error is not None and not isinstance(error, SnugtuneError):
                 told["traceback"] = "".join(traceback.format_exception(error))
             elif isinstance(before.get("traceback"), str) and before.get("reason") == told["reason"]:
@@ -194,6 +205,7 @@ class Session:
 
         It is written when a job has ended or is parked, else every so many seconds; of many jobs more seldom.
         """
+        self._tell_plan()
         began, of = time.monotonic(), (len(self.ended), len(self.parked))
         pause = STATUS_SECONDS if of == self.told_of else 0.0
         if not at_once and began - self.told_at < max(pause, self.telling / STATUS_SHARE):
@@ -204,6 +216,14 @@ class Session:
         self.told_at = time.monotonic()
         self.telling = self.told_at - began
         return {name: job["status"] for name, job in self.told.items() if job["status"] != before.get(name, {}).get("status")}
+
+    def _tell_plan(self) -> None:
+        """Keep `plan.json` up to date."""
+        changes = self.trainer.changes
+        if len(changes) > self.planned_of:
+            with suppress(StorageError):  # checkpoints have it, too
+                self.folder.write_plan(self.planned, changes, None)
+                self.planned_of = len(changes)
 
     def reported(self) -> dict[str, int]:
         """Job -> the last step whose metrics are final."""
@@ -244,24 +264,3 @@ class Logs:
         self.metrics.close()
         if self.samples is not None:
             self.samples.close()
-
-
-def _drop_locals(error: Exception) -> None:
-    """Leave an error its traceback without the values in its frames, and in those that called them: they keep jobs' memory."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            for frame, _ in traceback.walk_tb(one.__traceback__):
-                _clear(frame)
-            todo += [one.__cause__, one.__context__]
-
-
-def _clear(frame: FrameType | None) -> None:
-    """Empty a frame and its callers, up to one that still runs."""
-    with suppress(RuntimeError):  # it runs
-        while frame is not None:
-            frame.clear()
-            frame = frame.f_back

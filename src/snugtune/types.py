@@ -14,7 +14,8 @@ Dense = Literal["fp32", "bf16", "fp16"]
 Width = Literal["fp32", "bf16", "fp16", "int8", "w8a8", "nf4"]
 """Number formats of the base: those that are computed with, and those that weights are only kept in."""
 NARROW: frozenset[str] = frozenset({"int8", "w8a8", "nf4"})
-Recompute = Literal["none", "blocks"]
+Recompute = Literal["none", "blocks"] | int
+"""Of which blocks backward computes the activations again: of none, of all, of every k-th (k of at least 2)."""
 OptimizerState = Literal["fp32", "8bit", "paged"]
 Offload = Literal["none", "activations", "weights"]
 Gradients = Literal["kept", "released"]

@@ -147,7 +147,14 @@ COMMANDS = {
 }
 """Each command with its options and, without dashes, its arguments. Typer adds its own completion options to the root."""
 
-EXIT_CODES = {"GradientError": 2, "InputError": 2, "StorageError": 2, "JobFailedError": 2, "Interrupted": 130}
+EXIT_CODES = {
+    "GradientError": 2,
+    "InputError": 2,
+    "StorageError": 2,
+    "JobFailedError": 2,
+    "OutOfMemoryError": 3,
+    "Interrupted": 130,
+}
 
 
 def tiny_run(model: Path, place: Path, **fields: Any) -> dict[str, Any]:

@@ -180,6 +180,7 @@ BAD_VALUES = [
     ("plan.micro_batch", "one", "plan.micro_batch: "),
     ("plan.weights", "int3", "'fp16', 'int8', 'w8a8' or 'nf4'"),
     ("plan.recompute", "all", "'none' or 'blocks'"),
+    ("plan.recompute", 0, "at least 1"),
     ("plan", "auto", "plan: "),
     ("jobs", "a", "jobs: "),
     ("jobs", ["a"], "jobs.0: "),

@@ -11,6 +11,7 @@ import torch
 
 from conftest import NoWatch, sequences, tiny_base
 from snugtune.config import JobConfig
+from snugtune.errors import UnreadableError
 from snugtune.model.base import Base
 from snugtune.training.examples import JobData
 from snugtune.training.job import Job, start_job
@@ -178,7 +179,7 @@ def _assert_same(trainer: Trainer, truth: Trainer) -> None:
 
 @pytest.mark.parametrize("fused", [0, 1000], ids=["interleaved", "fused"])
 @pytest.mark.parametrize("after", [False, True], ids=["scaled", "unscaled"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UnreadableError("the disk is gone")], ids=["Ctrl-C", "disk"])
 def test_a_step_that_is_broken_off_at_its_unscaling_did_not_happen(error: BaseException, after: bool, fused: int) -> None:
     """It is done again, to the bit; and from what is saved then, it is too."""
     settings = {"a": _CALM, "b": _CALM}

@@ -328,6 +328,17 @@ def test_plan_in_words_and_units(tmp_path: Path) -> None:
     assert "_" not in card.replace("max_seq_len", ""), "no raw keys"
 
 
+def test_changes_of_the_plan_are_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    plan = json.loads((folder / "plan.json").read_text())
+    changes = [{"job": "default", "step": 2, "knob": "capacity", "value": 512, "cause": "memory ran out"}]
+    changes += [{"job": "default", "step": 3, "knob": "recompute", "value": "blocks", "cause": "memory ran out"}]
+    (folder / "plan.json").write_text(json.dumps(plan | {"changes": changes}))
+    text = report_of(folder).text
+    assert "changed under way default, step 2: most tokens in one forward 512 (memory ran out)" in text
+    assert "default, step 3: activations computed again in backward (memory ran out)" in text
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

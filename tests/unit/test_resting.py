@@ -332,7 +332,7 @@ def test_a_checkpoint_links_what_rests(base: Base, tmp_path: Path) -> None:
     assert asleep
     truth = {job.name: {k: v.clone() for k, v in job.tensors().items()} for job in trainer.jobs.values() if job not in asleep}
     truth |= {job.name: {k: v.clone() for k, v in load_file(job.at_rest).items()} for job in asleep if job.at_rest is not None}
-    saved = save_checkpoint(tmp_path / "checkpoints", 6, trainer.plan, "x", list(trainer.jobs.values()), [], [], 2)
+    saved = save_checkpoint(tmp_path / "checkpoints", 6, trainer.plan, [], "x", list(trainer.jobs.values()), [], [], 2)
     assert all(job.at_rest is not None and (saved / f"{job.name}.safetensors").samefile(job.at_rest) for job in asleep)
     while trainer.step():
         pass

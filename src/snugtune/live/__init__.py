@@ -42,7 +42,7 @@ class LiveTrainer:
 
     def __init__(self, base: Base, plan: Plan, stored: Width | None = None, notes: list[str] | None = None):
         self.notes = [] if notes is None else notes
-        self._bench = Bench(plan, Trainer(base, plan, Watch(plan.device)))
+        self._bench = Bench(plan, Trainer(base, plan, Watch(plan.device), say=self.notes.append))
         self._stored: Width | None = stored
         self._changed_by: str | None = None  # the job that trained the base's own weights
         self._checked = plan.weights not in NARROW and plan.offload == "none"
@@ -94,8 +94,9 @@ class LiveTrainer:
     def step(self) -> list[StepMetrics]:
         """Work until at least one of the jobs with data has completed an optimizer step; [] when none has any left to do.
 
-        A job whose own part breaks is given up alone, its `failure` says why. When no step is left, such jobs are told of:
-        raises `JobFailedError` (`DivergedError` where gradients did not stay finite) as long as one of them is here.
+        Where memory runs out, a step begins anew in smaller pieces, as `notes` say; raises `OutOfMemoryError` where there are
+        none smaller. A job whose own part breaks is given up alone, its `failure` says why. When no step is left, such jobs are
+        told of: raises `JobFailedError` (`DivergedError` where gradients did not stay finite) as long as one of them is here.
         """
         trainer = self._bench.trainer
         steps = [self._evaluated(trainer, metrics) for metrics in trainer.step()]

@@ -13,20 +13,27 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class Watch:
-    """Reads the peak since it was made: resident memory of the process on CPU, allocated memory on CUDA. In bytes."""
+    """Reads the peak since it was made: resident memory of the process on CPU, allocated memory on CUDA. In bytes.
 
-    def __init__(self, device: str):
-        self.device = device
+    `budget`: what there is to use. On CUDA the allocator itself keeps it: it says that memory ran out, where more is wanted.
+    """
+
+    def __init__(self, device: str, budget: int | None = None):
+        self.device, self.budget = device, budget
         self.largest = 0  # tokens of a forward so far
+        self.highest = 0  # before it was last asked whether the budget was exceeded
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        elif os.access(_CLEAR, os.W_OK):
-            _CLEAR.write_text("5")  # sets VmHWM back to what is resident now (proc(5))
+            if budget is not None:
+                total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+        else:
+            _forget_peak()
 
     def peak(self) -> int:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return peak_rss()
+        return max(self.highest, peak_rss())
 
     def make_room(self, tokens: int) -> None:
         """Before a forward of so many tokens: where it is the largest so far, give back what smaller ones left.
@@ -36,6 +43,28 @@ class Watch:
         if tokens > self.largest:
             self.largest = tokens
             allocator.give_back_freed()
+
+    def give_back(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            allocator.give_back_freed()
+
+    def exceeded(self) -> bool:
+        """Whether the process had more in memory than the budget since this was last asked."""
+        if self.budget is None or self.device == "cuda" or peak_rss() <= self.budget:
+            return False
+        self.highest = self.peak()
+        allocator.give_back_freed()
+        return _forget_peak()
+
+
+def _forget_peak() -> bool:
+    """Set VmHWM back to what is resident now (proc(5)); whether that can be done."""
+    if os.access(_CLEAR, os.W_OK):
+        _CLEAR.write_text("5")
+        return True
+    return False
 
 
 def free_memory(device: str) -> int:

@@ -195,7 +195,9 @@ def _reasons(plan: Plan, why_weights: str) -> tuple[str, ...]:
         f"at most {plan.micro_batch} x max_seq_len tokens a forward"
         if plan.micro_batch
         else f"at most {FULL_FORWARD} tokens a forward, or one sequence",
-        "each block's activations recomputed in backward" if plan.recompute == "blocks" else "activations kept",
+        {"none": "activations kept", "blocks": "each block's activations recomputed in backward"}.get(
+            str(plan.recompute), f"the activations of one block in {plan.recompute} recomputed in backward"
+        ),
     )
 
 
@@ -277,7 +279,9 @@ def _offload(pins: PlanConfig) -> tuple[Offload, Recompute]:
     offload: Offload = "none" if pins.offload == "auto" else pins.offload
     if offload == "activations" and pins.recompute == "none":
         raise InputError("plan.offload: activations needs plan.recompute: blocks; only the blocks' inputs are kept then")
-    return offload, "blocks" if offload == "activations" else "none" if pins.recompute == "auto" else pins.recompute
+    if pins.recompute == "auto":
+        return offload, "blocks" if offload == "activations" else "none"
+    return offload, "blocks" if pins.recompute == 1 else pins.recompute
 
 
 def _optimizer_state(wanted: OptimizerState | Literal["auto"], jobs: Sequence[JobConfig], device: str) -> OptimizerState:

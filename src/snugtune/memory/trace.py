@@ -118,6 +118,11 @@ class _NoWatch:
 
     def make_room(self, tokens: int) -> None: ...
 
+    def give_back(self) -> None: ...
+
+    def exceeded(self) -> bool:
+        return False
+
 
 def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) -> Trace:
     """The forward and backward of one chunk of each job, side by side where the plan lets them; `base` is a hollow one."""

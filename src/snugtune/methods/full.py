@@ -89,7 +89,9 @@ class FullAttached:
         if self.released is not None:
             self.released.begin()
             return
-        for master in self.masters.values():
+        for name, master in self.masters.items():
+            if master is not self.weights[name]:
+                self.weights[name].grad = None  # of a step that broke off before it was collected
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             else:

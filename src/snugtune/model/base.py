@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from snugtune.errors import InputError
@@ -27,7 +28,7 @@ from snugtune.model.rope import forget_lengths
 from snugtune.model.routed import RoutedLinear, Router, Spare, route_functions
 from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
-from snugtune.types import MIN_ROWS, NARROW, Batch, Plan, Segment
+from snugtune.types import MIN_ROWS, NARROW, Batch, Plan, Recompute, Segment
 
 Found = tuple[PreTrainedTokenizerBase, list[str]]
 """A tokenizer, and what there is to say of it."""
@@ -191,21 +192,32 @@ class Base:
             return "PEFT would read it as the fused experts"
         return None
 
-    def configure(self, recompute: bool, head_rows: int, spill: bool = False) -> None:
-        """Set the memory knobs: recompute each block in backward; rows of logits alive at once; block inputs kept elsewhere.
+    def configure(self, recompute: Recompute | bool, head_rows: int, spill: bool = False) -> None:
+        """Set the memory knobs: recompute blocks in backward; rows of logits alive at once; those blocks' inputs kept elsewhere.
 
         `spill` needs `recompute`. Raises `InputError`, and `StorageError` where there is no place to keep them.
         """
         self.head.rows_at_once = head_rows
-        if recompute:
+        every = {"none": 0, "blocks": 1}[recompute] if isinstance(recompute, str) else int(recompute)
+        if every:
             if not self.model.supports_gradient_checkpointing:
                 raise InputError(f"plan.recompute: '{self.name}' does not support recomputing its blocks; set it to none")
             self.model.activation_checkpointing_enable({"use_reentrant": False})
             self.model.disable_input_require_grads()  # of use for reentrant recompute alone; it keeps the first block's input
             if spill:
                 self._spill()
+            if every > 1:
+                self._keep_all_but(every)
         else:
             self.model.activation_checkpointing_disable()
+
+    def _keep_all_but(self, every: int) -> None:
+        """Recompute the first block of each so many alone: the last, whose turn comes at the peak, is kept where that can be."""
+        blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise InputError(f"plan.recompute: '{self.name}' recomputes all of its blocks or none; set it to blocks")
+        for at, block in enumerate(blocks):
+            block.gradient_checkpointing = at % every == 0
 
     def _spill(self) -> None:
         """Recompute by our own function, which keeps the blocks' inputs elsewhere."""

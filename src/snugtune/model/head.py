@@ -69,10 +69,10 @@ class Head:
         self.segment = segment
         self.cached = cached
 
-    def for_segment(self, segment: Segment) -> "Head":
-        """This head for the rows of one chunk, whatever slice of them comes at a time."""
+    def for_segment(self, segment: Segment, rows_at_once: int | None = None) -> "Head":
+        """This head for the rows of one chunk, whatever slice of them comes at a time. `rows_at_once`: another number of them."""
         covering = replace(segment, tokens=slice(None))
-        return Head(self.project, self.shape, self.rows_at_once, self.router, covering, self.cached)
+        return Head(self.project, self.shape, rows_at_once or self.rows_at_once, self.router, covering, self.cached)
 
     def logits(self, h: Tensor, offset: int = 0) -> Tensor:
         """[n, D] -> [n, V] in fp32, at once. `offset` is where these rows stand in their chunk (it seeds dropout)."""

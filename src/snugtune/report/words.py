@@ -17,7 +17,10 @@ _KNOBS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "device": ("device", str),
     "weights": ("number format of the base", str),
     "micro_batch": ("most tokens in one forward", lambda n: f"{n} x max_seq_len" if n else f"{FULL_FORWARD}, or one sequence"),
-    "recompute": ("activations", lambda how: {"none": "kept", "blocks": "computed again in backward"}.get(how, str(how))),
+    "recompute": (
+        "activations",
+        lambda how: {"none": "kept", "blocks": "computed again in backward"}.get(how, f"of one block in {how} computed again"),
+    ),
     "head_rows": ("logits alive at once", lambda n: f"of {n} tokens"),
     "threads": ("CPU threads", str),
 }
@@ -83,9 +86,20 @@ def plan_in_words(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append(("measured peak memory", size(value) if value is not None else "known when the run is finished"))
         elif key == "reasons":
             rows.append(("why", "\n".join(map(_plain, value)) if isinstance(value, list) else _plain(value)))
+        elif key == "changes" and isinstance(value, list):
+            told = [f"{_plain(c.get('job'))}, step {c.get('step')}: {_knob(c)}" for c in value if isinstance(c, dict)]
+            rows += [("changed under way", "\n".join(told))] if told else []
         elif key != "plan" or not isinstance(knobs, Mapping):
             rows += _flat(value, key)
     return rows
+
+
+def _knob(change: Mapping[str, Any]) -> str:
+    """What a change of the plan set to what, and why."""
+    named = {"capacity": "most tokens in one forward", "fused_tokens": "tokens of a forward that jobs share (0: they take turns)"}
+    key, value = str(change.get("knob")), change.get("value")
+    name, told = _KNOBS.get(key, (named.get(key, key), _plain))
+    return f"{name} {told(value)} ({_plain(change.get('cause'))})"
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to go on bit for bit, written whole or not at all.
 
-A checkpoint is a folder `step-00000010` with `run.json` (steps, plan, thread count) and one safetensors file a job.
+A checkpoint is a folder `step-00000010` with `run.json` (steps, plan and its changes, thread count) and one safetensors file
+a job.
 """
 
 import json
@@ -9,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -20,10 +21,11 @@ from snugtune.errors import InputError
 from snugtune.files import read_json, whole_folder
 from snugtune.training.job import Best, Ended, Job
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.recut import Change, Knob
 from snugtune.training.rest import write_tensors
 from snugtune.types import Plan
 
-FORMAT = 6
+FORMAT = 7
 _BEST = "best-"
 JOB_FILE = "state.json"
 """What makes a folder the state of one job."""
@@ -48,6 +50,15 @@ class _Ended(_Progress):
     untuned: float | None
     best: _Best | None
     largest_weight: float
+
+
+class _Change(_Progress):
+    """A change of the plan."""
+
+    job: str
+    knob: Knob
+    value: int | str
+    cause: str
 
 
 class _Position(_Progress):
@@ -87,7 +98,8 @@ class Checkpoint:
 
     folder: Path
     step: int  # of the run
-    plan: Plan
+    plan: Plan  # as it was when the run began
+    changes: list[Change]  # of it, since then
     base: str  # fingerprint
     jobs: dict[str, dict[str, Any]]
     pending: list[dict[str, Any]]  # metrics of steps whose evaluation was not done yet
@@ -123,6 +135,7 @@ def save_checkpoint(
     root: Path,
     step: int,
     plan: Plan,
+    changes: Sequence[Change],
     base: str,
     active: Sequence[Job],
     ended: Sequence[Ended],
@@ -140,6 +153,7 @@ def save_checkpoint(
             "format": FORMAT,
             "step": step,
             "plan": asdict(plan),
+            "changes": [asdict(change) for change in changes],
             "base": base,
             "jobs": numbers,
             "pending": [asdict(metrics) for metrics in pending],
@@ -227,7 +241,9 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
         state = read_json(newest / "run.json")
         if state["format"] != FORMAT:
             raise InputError(f"{newest}: written by another version of snugtune (format {state['format']}, not {FORMAT})")
-        found = Checkpoint(newest, state["step"], Plan(**state["plan"]), state["base"], state["jobs"], state["pending"])
+        changes = [Change(**change) for change in state["changes"]]
+        plan, base, jobs, pending = Plan(**state["plan"]), state["base"], state["jobs"], state["pending"]
+        found = Checkpoint(newest, state["step"], plan, changes, base, jobs, pending)
         _check_types(found)
         return found
     except (InputError, KeyError, TypeError, ValueError) as error:
@@ -237,10 +253,13 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
 def _check_types(found: Checkpoint) -> None:
     """Raises `ValueError` or `TypeError` for values that no checkpoint holds."""
     for name, hint in get_type_hints(Plan).items():
-        allowed, value = get_args(hint), getattr(found.plan, name)
-        if value not in allowed if allowed else type(value) is not hint:
-            raise ValueError(f"plan: {name} is {value!r}")
+        value = getattr(found.plan, name)
+        try:
+            _check(hint, value)
+        except ValueError as error:
+            raise ValueError(f"plan: {name} is {value!r}") from error
     _check(int, found.step)
+    _check(list[_Change], [asdict(change) for change in found.changes])
     _check(dict[str, _Progress], found.jobs)
     _check(dict[str, _Ended], {name: job for name, job in found.jobs.items() if job.get("ended")})
     for fields in found.pending:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from snugtune.model.generate import Sampling, generate
 from snugtune.model.head import Head
 from snugtune.training.job import Job
 from snugtune.training.metrics import Sample, StepMetrics
+from snugtune.training.recut import Short, unless_short
 from snugtune.training.trainer import Trainer
-from snugtune.types import Chunk
+from snugtune.types import Chunk, Prompt
 
 
 def evaluated(trainer: Trainer, metrics: StepMetrics) -> StepMetrics:
@@ -35,7 +37,11 @@ def evaluated(trainer: Trainer, metrics: StepMetrics) -> StepMetrics:
 
 
 def evaluate(trainer: Trainer, job: Job) -> tuple[float, int]:
-    """(mean loss, label tokens) over the job's held-out examples, of which there is at least one."""
+    """(mean loss, label tokens) over the job's held-out examples, of which there is at least one. Raises `OutOfMemoryError`."""
+    return trainer.attempt(job, job.evaluation_chunks, partial(_evaluate, trainer, job))
+
+
+def _evaluate(trainer: Trainer, job: Job) -> tuple[float, int]:
     trainer.bring_in(job)
     chunks = job.evaluation_chunks()
     total, size = 0.0, sum(job.objective.size(c) for c in chunks)
@@ -43,7 +49,7 @@ def evaluate(trainer: Trainer, job: Job) -> tuple[float, int]:
         for chunk in chunks:
             if trainer.stop_requested():
                 raise StopRequestedError
-            with _forward(trainer.base, chunk) as (head, states):
+            with _forward(trainer.base, chunk, job.head_rows) as (head, states):
                 total += float(job.objective.loss(head, states, chunk, False))
     return total / size, sum(len(c.rows) for c in chunks)
 
@@ -54,10 +60,24 @@ def sampled(trainer: Trainer, metrics: StepMetrics) -> list[Sample]:
     if not job.samples_due(metrics.step):
         return []
     trainer.bring_in(job)
-    stops, how = job.data.prompts[0].stops, Sampling(max_new_tokens=job.config.samples.max_new_tokens)
-    answers = generate(trainer.base, job.name, [p.tokens for p in job.data.prompts], stops, how)
-    pairs = enumerate(zip(job.data.prompts, answers, strict=True))
-    return [Sample(job.name, metrics.step, index, prompt.text, answer) for index, (prompt, answer) in pairs]
+    pairs = enumerate(zip(job.data.prompts, _answers(trainer, job, job.data.prompts), strict=True))
+    found = [Sample(job.name, metrics.step, at, prompt.text, answer) for at, (prompt, answer) in pairs if answer is not None]
+    if len(found) < len(job.data.prompts):
+        missing = f"{len(job.data.prompts) - len(found)} of {len(job.data.prompts)} answers"
+        trainer.say(f"samples ({job.name}): memory ran out over {missing} after step {metrics.step}; they are left out")
+    return found
+
+
+def _answers(trainer: Trainer, job: Job, prompts: Sequence[Prompt]) -> list[str | None]:
+    """All together; where memory is too short for that, half of them at a time; None where it is too short for one alone."""
+    how = Sampling(max_new_tokens=job.config.samples.max_new_tokens)
+    tokens = [prompt.tokens for prompt in prompts]
+    found = unless_short(lambda: generate(trainer.base, job.name, tokens, prompts[0].stops, how))
+    if not isinstance(found, Short):
+        return list(found)
+    trainer.watch.give_back()
+    half = len(prompts) // 2
+    return [*_answers(trainer, job, prompts[:half]), *_answers(trainer, job, prompts[half:])] if half else [None]
 
 
 def logprobs(base: Base, chunks: Sequence[Chunk], training: bool = False) -> list[Tensor]:
@@ -86,9 +106,9 @@ def _asking(base: Base, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _forward(base: Base, chunk: Chunk) -> Iterator[tuple[Head, Tensor]]:
+def _forward(base: Base, chunk: Chunk, head_rows: int | None = None) -> Iterator[tuple[Head, Tensor]]:
     """A chunk by itself: its job's head, and the states of its scored rows, [n, D]. The block is under its routing."""
     batch = collate([chunk], base.min_rows, base.device)
     with base.routed(batch):
         (segment,) = batch.segments
-        yield base.head.for_segment(segment), scored(base.hidden(batch), chunk, segment)
+        yield base.head.for_segment(segment, head_rows), scored(base.hidden(batch), chunk, segment)

@@ -13,7 +13,7 @@ from torch import Tensor
 from snugtune.config import JobConfig
 from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
-from snugtune.errors import InputError, SnugtuneError, StopRequestedError, UnreadableError
+from snugtune.errors import InputError, OutOfMemoryError, SnugtuneError, StopRequestedError, UnreadableError
 from snugtune.methods import METHODS, Attached
 from snugtune.methods.full import FullAttached
 from snugtune.model.base import Base
@@ -21,8 +21,9 @@ from snugtune.objectives import objective_of
 from snugtune.optim import learning_rate
 from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.recut import is_out_of_memory
 from snugtune.training.release import StepInBackward
-from snugtune.types import FULL_FORWARD, Chunk, Plan
+from snugtune.types import FULL_FORWARD, HEAD_ROWS, Chunk, Plan
 
 _COUNTERS = (
     "step", "served", "skipped_in_a_row", "seen_tokens", "seen_label_tokens", "untuned", "to_beat", "stale",
@@ -50,6 +51,7 @@ class Job:
     attached: Attached
     optimizer: torch.optim.Optimizer
     capacity: int  # tokens of a chunk; 0: one sequence a chunk
+    head_rows: int = HEAD_ROWS  # rows of logits alive at once
     scaler: torch.amp.GradScaler | None = None  # fp16 only
     in_backward: StepInBackward | None = None  # where gradients are not kept
     step: int = 0
@@ -309,7 +311,7 @@ def quarantine(job: Job) -> Iterator[None]:
     """
     try:
         yield
-    except (StopRequestedError, UnreadableError):
+    except (StopRequestedError, UnreadableError, OutOfMemoryError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -317,13 +319,6 @@ def quarantine(job: Job) -> Iterator[None]:
         job.error, job.diverged = error, False
         told = str(error) if isinstance(error, SnugtuneError) else f"{type(error).__name__}: {error}"
         job.failure = f"job '{job.name}': {told}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short. torch says so on CPU by a plain `RuntimeError` of its allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def start_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
@@ -352,6 +347,7 @@ def new_job(base: Base, config: JobConfig, data: JobData, plan: Plan) -> Job:
         attached=attached,
         optimizer=optimizer,
         capacity=capacity_of(config, plan) if base.packable else 0,
+        head_rows=plan.head_rows,
         scaler=torch.amp.GradScaler(plan.device) if plan.compute == "fp16" else None,
         in_backward=in_backward,
     )

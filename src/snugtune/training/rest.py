@@ -17,6 +17,8 @@ from snugtune.files import cache_dir, link_or_copy, remove_abandoned, scratch_fo
 from snugtune.training.job import Guard, Job
 
 _NAME = "resting"
+_TO_WRITE = 2 << 20
+"""Bytes that a file is written with. safetensors ends the process where it cannot have its buffer of half of that."""
 
 
 class Residence:
@@ -89,10 +91,14 @@ def sweep() -> None:
 
 
 def write_tensors(job: Job, file: Path) -> None:
-    """The large part of a job's state as a file; of a job at rest the one that there is. Raises what the disk says."""
+    """The large part of a job's state as a file; of a job at rest the one that there is. Raises what the disk says.
+
+    And `MemoryError` where there is none to write with.
+    """
     if job.at_rest is not None:
         link_or_copy(job.at_rest, file)
     else:
+        bytearray(_TO_WRITE)
         save_file({k: v.contiguous() for k, v in job.tensors().items()}, file)
 
 

@@ -2,15 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from snugtune.errors import JobFailedError
 from snugtune.optim import clip_grad_norm
 from snugtune.training.job import Job
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.recut import is_out_of_memory
 from snugtune.training.release import StepInBackward
 from snugtune.types import Chunk
 
@@ -77,9 +82,10 @@ def optim_step(job: Job, lr: float | None = None) -> float:
     job.unscale()
     limit = math.inf if job.config.max_grad_norm is None else job.config.max_grad_norm
     norm = float(clip_grad_norm(job.attached.parameters(), limit))
-    with _whole_or_given_up(job):
+    with _whole_or_given_up(job) as stepping:
         if math.isfinite(norm):
-            job.optimizer.step()
+            with stepping:
+                job.optimizer.step()
         job.rescale()
         job.attached.publish()
         job.step += 1
@@ -134,15 +140,57 @@ def completed(job: Job, work: Work, norm: float, peak_memory: int) -> StepMetric
     )
 
 
+class _Writes(TorchDispatchMode):
+    """Inside it, notes whether a job's weights or its optimizer's state are written to; counts of steps can be brought back.
+
+    Every write goes through torch's dispatcher. `Tensor._version` counts neither those of fused optimizers nor those by `.data`.
+    """
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.state = job.optimizer.state
+        self.entries = {weight: dict(entry) for weight, entry in self.state.items()}
+        kept = [v for entry in self.entries.values() for v in entry.values() if isinstance(v, Tensor)]
+        self.counts = [(tensor, tensor.clone()) for tensor in kept if tensor.numel() == 1]
+        large = (tensor for tensor in kept if tensor.numel() != 1)
+        self.places = {t.untyped_storage().data_ptr() for t in (*job.attached.parameters(), *large)}
+        self.any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        done = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable and not self.any:
+            named = (kwargs or {}) | dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            written = [named.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            tensors = (t for t in tree_leaves(written) if isinstance(t, Tensor))
+            self.any = any(t.untyped_storage().data_ptr() in self.places for t in tensors)
+        return done
+
+    def undo(self) -> bool:
+        """Bring the optimizer back to where it was, if none of what takes memory was written to; whether that is so."""
+        if not self.any:
+            self.state.clear()
+            self.state.update(self.entries)
+            for tensor, before in self.counts:
+                tensor.copy_(before)
+        return not self.any
+
+
 @contextmanager
-def _whole_or_given_up(job: Job) -> Iterator[None]:
+def _whole_or_given_up(job: Job) -> Iterator[AbstractContextManager[object]]:
     """Whatever breaks off the block leaves the job between two steps, where nothing goes on from: it is given up.
 
-    Also by what is nobody's own, as Ctrl-C or memory that is short while an optimizer makes its state.
+    Also by what is nobody's own, as Ctrl-C; but where memory runs out before the optimizer, which is to step within what this
+    gives, has written anything, the step did not happen. That is seen to where it is likely and costs little: in first
+    steps, which make the state, and in fused ones.
     """
+    optimizer, writes = job.optimizer, _Writes(job)
+    fused = type(optimizer) in (AdamW, SGD) and bool(optimizer.defaults["fused"])
+    seen = fused or not optimizer.state
     try:
-        yield
+        yield writes if seen else nullcontext()
     except BaseException as error:
+        if seen and is_out_of_memory(error) and writes.undo():
+            raise
         give_up_half_way(job, error)
         raise
 

@@ -10,20 +10,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from snugtune.data.pack import collate, scored
-from snugtune.errors import InputError, StopRequestedError
+from snugtune.errors import InputError, OutOfMemoryError, StopRequestedError
 from snugtune.methods import METHODS
 from snugtune.model.base import Base
 from snugtune.objectives import Objective
 from snugtune.training.job import Guard, Job, quarantine
 from snugtune.training.metrics import StepMetrics
+from snugtune.training.recut import OF_A_JOB, Change, Short, Watch, nothing_left, tighter, unless_short
 from snugtune.training.rest import Residence
 from snugtune.training.schedule import Waiting, next_batch, schedule
 from snugtune.training.step import Turn, Work, completed, give_up_half_way, optim_step
@@ -33,24 +35,14 @@ LOOKAHEAD = 2
 """Forwards' worth of chunks to choose from: a step that is begun long before its chunks can run costs a gradient's memory."""
 
 _OWN: Mapping[str, Objective] = MappingProxyType({})
-
-
-class Watch(Protocol):
-    """What the trainer is told about memory."""
-
-    def peak(self) -> int:
-        """Highest use so far, in bytes."""
-        ...
-
-    def make_room(self, tokens: int) -> None:
-        """A forward of so many tokens comes next."""
-        ...
+T = TypeVar("T")
 
 
 class Trainer:
     """Trains 1..N jobs on one base. Jobs may come and go between steps.
 
-    Those that rest lie in a folder in `resting`, by default in the user's cache; it is gone when the trainer is.
+    Those that rest lie in a folder in `resting`, by default in the user's cache; it is gone when the trainer is. `plan` is
+    as it is now, with all `changes` that were made for want of memory; `say` is told of each.
     """
 
     def __init__(
@@ -60,17 +52,24 @@ class Trainer:
         watch: Watch,
         stop_requested: Callable[[], bool] = lambda: False,
         resting: Path | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ):
         self.base = base
         self.plan = plan
         self.watch = watch
         self.stop_requested = stop_requested
+        self.say = say
+        self.changes: list[Change] = []
+        self._wanted: dict[str, str] = {}  # job -> why its next step is to take less memory
         self.residence = Residence(plan.resident_jobs, resting, self._between_steps)
         self.jobs: dict[str, Job] = {}
         self.turns: dict[str, Turn] = {}  # of the jobs in the middle of a step
         self.tokens, self.seconds = 0, 0.0  # of all jobs' training so far
         self._reports: list[StepMetrics] = []  # of steps that are done, where an exception came between
-        base.configure(plan.recompute == "blocks", plan.head_rows, spill=plan.offload == "activations")
+        self._configure()
+
+    def _configure(self) -> None:
+        self.base.configure(self.plan.recompute, self.plan.head_rows, spill=self.plan.offload == "activations")
 
     def add(self, job: Job) -> None:
         """Let `job` take part from now on. Its name must be new. One that comes late has no arrears to catch up with.
@@ -95,6 +94,7 @@ class Trainer:
         job = self.jobs.pop(name)
         self.residence.forget(job)
         self._forget_turn(job)
+        self._wanted.pop(name, None)
         self.base.embedding_noise.pop(name, None)
         job.attached.detach()
         return job
@@ -145,16 +145,18 @@ class Trainer:
         """Work until at least one job has completed an optimizer step; [] when none has any left to do.
 
         A job whose own data, objective or optimizer raises is given up: its `failure` says why, its `error` is what it
-        raised. Raises `StopRequestedError` between two batches; the steps under way are taken up where they were. After
-        whatever else it raises (a base's disk that fails, memory that is short), steps that it broke into begin anew; but a
-        job whose optimizer was at work is given up, as its weights are neither those before the step nor those after it.
+        raised. Where memory runs out, steps that it broke into begin anew, on the same data in smaller pieces; raises
+        `OutOfMemoryError` where there are none smaller. Raises `StopRequestedError` between two batches; the steps under way
+        are taken up where they were. After whatever else it raises (a base's disk that fails), steps that it broke into
+        begin anew; but a job whose optimizer has written is given up, as its weights are neither those before the step nor
+        those after it.
         """
         while True:
             for job in [self.jobs[name] for name, turn in self.turns.items() if turn.through]:
                 turn = self.turns[job.name]
                 with self._clock():
-                    norm = self._step_of(job)
-                if norm is not None:
+                    norm = self._attempt([job.name], partial(self._step_of, job))
+                if isinstance(norm, float):
                     self._reports.append(self._report(job, turn, norm))
             if self._reports:
                 reports, self._reports = self._reports, []
@@ -163,7 +165,10 @@ class Trainer:
             if not waiting:
                 return []
             with self._clock():
-                self._run(next_batch(waiting, self.plan.fused_tokens))
+                names = next_batch(waiting, self.plan.fused_tokens)
+                self._attempt(names, partial(self._run, names))
+                if self.watch.exceeded():
+                    self.tighten("more memory was used than there is to use", names)
 
     def _waiting(self) -> list[Waiting]:
         """The jobs whose next chunk could go next. Taking turns, the one that has begun its step ends it first:
@@ -184,10 +189,19 @@ class Trainer:
             turn = self.turns[job.name]
             waiting.append(Waiting(job.name, len(turn.chunks[turn.done].tokens), self._served(job)))
             tokens += waiting[-1].tokens
-        return waiting
+        begun = all(job.job in self.turns for job in waiting)  # until memory runs out as another begins
+        return waiting if begun else self._waiting()
 
     def _begin(self, job: Job) -> bool:
         """Open the job's next step; whether that went well."""
+        if (cause := self._wanted.pop(job.name, None)) is not None:
+            self._turn_a_knob(job, job.chunks(), cause)
+        opened: object = Short()
+        while isinstance(opened, Short):
+            opened = self._attempt([job.name], partial(self._open, job))
+        return job.name in self.turns
+
+    def _open(self, job: Job) -> None:
         with quarantine(job):
             self.bring_in(job)
             chunks = job.chunks()
@@ -196,7 +210,6 @@ class Trainer:
                 raise InputError(f"plan.gradients: released needs a step to be one forward, not {len(chunks)}; use kept")
             job.begin_step()
             self.turns[job.name] = Turn(chunks, size, torch.zeros((), device=self.base.device), (self.tokens, self.seconds))
-        return job.failure is None
 
     def _run(self, names: Sequence[str]) -> None:
         """One batch of the named jobs' next chunks. A job that fails in it loses its turn; where all do, each does."""
@@ -241,7 +254,8 @@ class Trainer:
                 objective = objectives.get(job.name, job.objective)
                 with guard(job):
                     states = scored(hidden.detach(), chunk, segment).requires_grad_()
-                    loss = objective.loss(self.base.head.for_segment(segment), states, chunk, True) / sizes[chunk.job]
+                    head = self.base.head.for_segment(segment, job.head_rows)
+                    loss = objective.loss(head, states, chunk, True) / sizes[chunk.job]
                     job.scaled(loss).backward()
                     assert states.grad is not None
                     gradient[segment.tokens].index_add_(0, chunk.rows.to(gradient.device), states.grad)
@@ -249,6 +263,74 @@ class Trainer:
             if hidden.requires_grad and losses:
                 hidden.backward(gradient)
         return losses
+
+    def tighten(self, cause: str, names: Iterable[str] | None = None) -> None:
+        """Let the steps to come of these jobs (None: of all) take less memory, by one notch; steps under way end as they began.
+
+        `cause`: why, in words. Nothing happens where nothing is left to be done.
+        """
+        jobs = [self.jobs[name] for name in (self.jobs if names is None else names)]
+        if jobs and self._sharing():
+            self._turn_a_knob(jobs[0], [], cause)
+        else:
+            self._wanted |= {job.name: cause for job in jobs if job.active}
+
+    def attempt(self, job: Job, chunks: Callable[[], Sequence[Chunk]], work: Callable[[], T]) -> T:
+        """What `work` on a job's chunks gives, which trains nothing; where memory runs out in it, again with less of it.
+
+        Raises `OutOfMemoryError`.
+        """
+        while isinstance(found := unless_short(work), Short):
+            self._make_do([job], chunks())
+        return found
+
+    def _attempt(self, names: Sequence[str], work: Callable[[], T]) -> T | Short:
+        """What a part of these jobs' steps gives; where memory runs out in it, what is begun begins anew, on less of it."""
+        found = unless_short(work)
+        if isinstance(found, Short):
+            jobs = [self.jobs[name] for name in names]
+            torn = next((job.failure for job in jobs if job.failure is not None), None)
+            if torn is not None:
+                raise OutOfMemoryError(f"memory ran out; {torn}")
+            self._make_do(jobs, jobs[0].chunks())
+        return found
+
+    def _make_do(self, jobs: Sequence[Job], chunks: Sequence[Chunk]) -> None:
+        """After memory ran out over these jobs, the first one's `chunks`: let all that is begun begin anew, on less of it."""
+        for name in [name for name, turn in self.turns.items() if not turn.through]:
+            self._forget_turn(self.jobs[name])
+        for job in jobs:
+            self._forget_turn(job)
+            if job.at_rest is None and not job.by_hand:
+                job.attached.drop_grad()  # it may have half of one, and no turn yet
+        self.watch.give_back()
+        job = jobs[0]
+        if not self._turn_a_knob(job, chunks, "memory ran out"):
+            where = f"memory ran out at step {job.step + 1} of job '{job.name}'"
+            routable = METHODS[type(job.config.method)].routable
+            raise OutOfMemoryError(f"{where}, and {nothing_left(self.plan, job.head_rows, chunks, routable)}")
+
+    def _turn_a_knob(self, job: Job, chunks: Sequence[Chunk], cause: str) -> bool:
+        """The next thing to be done for less memory; whether there was one."""
+        plan = self.plan if self.base.model.supports_gradient_checkpointing else replace(self.plan, recompute="blocks")
+        capacity = 0 if job.in_backward is not None else job.capacity  # such a step is one forward
+        found = tighter(plan, capacity, job.head_rows, chunks, self._sharing())
+        if found is not None:
+            self.change(Change(job.name, job.step + 1, *found, cause))
+            self.say(f"plan ({job.name}): {self.changes[-1].told}")
+        return found is not None
+
+    def change(self, change: Change) -> None:
+        """Go on with a change of the plan: one that is needed now, or one that was made before a resume."""
+        self.changes.append(change)
+        if change.knob not in OF_A_JOB:
+            self.plan = replace(self.plan, **{change.knob: change.value})
+            self._configure()
+        elif change.job in self.jobs:
+            setattr(self.jobs[change.job], change.knob, change.value)
+
+    def _sharing(self) -> bool:
+        return self.plan.fused_tokens > 0 and sum(job.active for job in self.jobs.values()) > 1
 
     def _step_of(self, job: Job) -> float | None:
         """The optimizer step of a job whose chunks are through, and its gradient's norm; None where it failed.
