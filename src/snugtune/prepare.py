@@ -15,6 +15,7 @@ from snugtune.interrupt import Stop
 from snugtune.machine import keep_few_kernels
 from snugtune.memory.budget import Watch, free_memory
 from snugtune.memory.choose import Model, planned_within
+from snugtune.memory.estimate import UntraceableError
 from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
 from snugtune.methods import METHODS
 from snugtune.model.base import Base, Found, load_base
@@ -50,8 +51,12 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     data = _tokenised(config, texts, found[0], observer)
     fitted = None
     if checkpoint is None:
-        fitted = planned_within(config, Model(source, model_config, stored, apart), data)
-        planned = fitted.chosen.planned
+        try:
+            fitted = planned_within(config, Model(source, model_config, stored, apart), data)
+            planned = fitted.chosen.planned
+        except UntraceableError as error:
+            observer.note(f"plan: {error}; the knobs are set by rule")
+            planned = make_plan(config, stored, apart)
     else:
         planned = _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)

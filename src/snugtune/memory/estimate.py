@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snugtune.config import JobConfig
+from snugtune.errors import InputError
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
 from snugtune.model.hollow import hollow_base, hollow_model, keep_blocks
 from snugtune.model.offload import blocks_of
@@ -82,6 +83,10 @@ class _Step:
     peaks: Mapping[Phase, Held]
 
 
+class UntraceableError(InputError):
+    """A model whose step needs values to be run."""
+
+
 class Estimator:
     """Estimates runs on one base. Each trace is made once: plans that differ in where and how things are kept share it."""
 
@@ -90,7 +95,10 @@ class Estimator:
         self._traces: dict[str, Trace] = {}
 
     def estimate(self, plan: Plan, jobs: Sequence[Work], runtime: Runtime) -> Estimate:
-        """The peak of a run of these jobs. Where they take turns the largest counts, and the state of all that may be there."""
+        """The peak of a run of these jobs. Where they take turns the largest counts, and the state of all that may be there.
+
+        Raises `UntraceableError`.
+        """
         steps = [_step(self._trace(plan, job), plan, job.config) for job in jobs]
         there = sorted(steps, key=lambda s: s.trained + s.state, reverse=True)[: plan.resident_jobs or len(steps)]
         at_once = len(there) if plan.fused_tokens else 1  # with gradients
@@ -107,7 +115,11 @@ class Estimator:
         plain = _as_traced(plan)
         key = repr((plain, job.config.method, job.config.objective, job.config.optimizer.by_matrix, job.lengths, job.scored))
         if key not in self._traces:
-            self._traces[key] = _traced(self.config, plain, (job,), self.trust)
+            try:
+                self._traces[key] = _traced(self.config, plain, (job,), self.trust)
+            except Exception as error:  # whatever a model's own code does where tensors have no values
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UntraceableError(f"the peak of a {self.config.model_type} cannot be predicted: {reason}") from error
         return self._traces[key]
 
 

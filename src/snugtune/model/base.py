@@ -25,7 +25,7 @@ from snugtune.model.load import load_config, load_frozen, load_model, load_token
 from snugtune.model.norms import lean_norms
 from snugtune.model.quantize import ROUTER_NAME, sample
 from snugtune.model.rope import forget_lengths
-from snugtune.model.routed import RoutedLinear, Router, Spare, route_functions
+from snugtune.model.routed import RoutedLinear, Router, Spare, generator_of, route_functions
 from snugtune.model.source import ModelSource, Say, mute
 from snugtune.model.spill import Spill, place_for
 from snugtune.types import MIN_ROWS, NARROW, Batch, Plan, Recompute, Segment
@@ -272,7 +272,7 @@ class Base:
         noise = torch.zeros_like(embedded, requires_grad=False)
         for segment in noisy:
             alpha = self.embedding_noise[segment.job]
-            generator = torch.Generator(embedded.device).manual_seed(segment.seed)
+            generator = generator_of(segment.seed, embedded.device)
             for part in noise[0, segment.tokens].split(segment.lengths):
                 drawn = torch.rand(part.shape, generator=generator, device=part.device).mul_(2).sub_(1)
                 part.copy_(drawn.mul_(alpha / part.numel() ** 0.5))

@@ -165,7 +165,8 @@ class Mask:
         if self.p == 0.0:
             return x
         digest = hashlib.blake2b(f"{self.seed}:{self.site}".encode(), digest_size=8).digest()
-        kept = uniform(x.shape, int.from_bytes(digest, "little") >> 1, x.device) >= self.p
+        generator = generator_of(int.from_bytes(digest, "little") >> 1, x.device)
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
         return torch.where(kept, x / (1.0 - self.p), 0.0)
 
 
@@ -246,10 +247,9 @@ class _Routed(torch.autograd.Function):
         return None, None, None, None, None, *through(x, inputs, dx, before), *factor_grads
 
 
-def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1), fp32: a pure function of the seed. On the meta device, which has no generator, just their shape."""
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
-    return torch.rand(shape, generator=generator, device=device)
+def generator_of(seed: int, device: torch.device) -> torch.Generator | None:
+    """What draws on a device, from a seed; None on meta, where numbers have no values."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 def drop(x: Tensor, mask: Mask | None) -> Tensor:
