@@ -144,6 +144,32 @@ def train(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="the run's YAML config; or give --model")] = None,
+    set_: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="hub id, local folder, .gguf file, or 'demo'")] = None,
+    memory: Annotated[str | None, typer.Option(help="the most memory to use, as 24GiB (default: what is free)")] = None,
+    method: Annotated[str, typer.Option(help="with --model: how it is tuned")] = "lora",
+    max_seq_len: Annotated[int, typer.Option(min=2, help="with --model: longest training sequence, in tokens")] = 1024,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; none need be here (default: as the config says)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for scripts")] = False,
+) -> None:
+    """What fits into the memory, predicted before anything is loaded. Exit code 3: nothing does."""
+    console = _console()
+    from snugtune.config import read_config, to_config
+    from snugtune.proposal import config_for, run_plan
+
+    if (config is None) == (model is None):
+        raise InputError("plan: give a config, or --model, and not both")
+    given = [f"{name}={value}" for name, value in (("memory", memory), ("device", device)) if value is not None]
+    if config is not None:
+        found = read_config(config, [*(set_ or ()), *given])
+    else:
+        found = to_config(config_for(str(model), memory, method, max_seq_len, device or "auto"), "plan")
+    run_plan(found, config is not None, console, as_json)
+
+
+@app.command()
 def chat(
     run: Annotated[Path, typer.Argument(help="a run folder, a PEFT adapter folder, or a model folder (as export writes it)")],
     adapter: Adapter = None,
