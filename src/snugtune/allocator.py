@@ -66,6 +66,11 @@ def name() -> str:
     return next((known for known in KNOWN if f"lib{known}" in mapped), platform.libc_ver()[0] or sys.platform)
 
 
+def of_a_run(environ: Mapping[str, str] = os.environ) -> str:
+    """That of a process which trains, started from here."""
+    return name() if environment(environ, installed()) is None else "mimalloc"
+
+
 def give_back_freed() -> None:
     """Return every page that nothing lies in to the system (malloc_trim(3), or what mimalloc has for it)."""
     library = ctypes.CDLL(None)

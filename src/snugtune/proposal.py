@@ -12,8 +12,8 @@ from snugtune.config import RunConfig
 from snugtune.console import Console
 from snugtune.errors import DoesNotFitError, InputError
 from snugtune.memory.choose import Model, budget_of, question_of
-from snugtune.memory.estimate import Estimate, Work
-from snugtune.memory.fit import Candidate, Fitted, Question, fit, gib_up, leanest
+from snugtune.memory.estimate import Estimate, Estimator, Work
+from snugtune.memory.fit import Candidate, Fitted, Question, fit, gib_up, leanest, quickest
 from snugtune.methods import METHODS
 from snugtune.methods.full import FullConfig
 from snugtune.methods.lora import LoraConfig
@@ -83,14 +83,14 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
     model_config = load_config(source, config.trust_remote_code)
     model = Model(source, model_config, stored_width(source, model_config), obstacle_to_sharing(model_config))
     data = _data(config, source, console) if with_data else None
-    question = question_of(config, model, data, elsewhere=True)
+    estimator = Estimator(model_config, config.trust_remote_code)
+    question = question_of(config, model, data, estimator, elsewhere=True)
     device = question.make(config.plan).plan.device
     budget = budget_of(config, device)
     fitted, refusal = _fitted(question, budget)
     least = leanest(question)
     shown = least if fitted is None else fitted.chosen
-    most = model_config.get_text_config()
-    context = getattr(most, "max_position_embeddings", None)
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return Proposal(
         model=config.model,
         device=device,
@@ -100,7 +100,7 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
         shown=shown,
         longest=_longest(question, least, budget, context if isinstance(context, int) else LONGEST),
         most=_most(question, shown, budget),
-        rows=tuple(_compared(config, model, data, budget)),
+        rows=tuple(_compared(config, model, data, estimator, budget)),
     )
 
 
@@ -141,7 +141,9 @@ def _needs(question: Question, plan: Plan, works: list[Work]) -> int:
     return Candidate(question.make(question.pins), question.predict(plan, works)).needs
 
 
-def _compared(config: RunConfig, model: Model, data: Mapping[str, JobData] | None, budget: int) -> Iterator[Row]:
+def _compared(
+    config: RunConfig, model: Model, data: Mapping[str, JobData] | None, estimator: Estimator, budget: int
+) -> Iterator[Row]:
     """Other ways to train on the same budget: methods, and formats of the base."""
     own = config.resolved_jobs()[0].method
     methods = [FullConfig(), own if isinstance(own, LoraConfig) else LoraConfig()]
@@ -152,13 +154,13 @@ def _compared(config: RunConfig, model: Model, data: Mapping[str, JobData] | Non
             changed = config.model_copy(update={"method": method, "plan": pins, "jobs": ()})
             jobs = {"default": next(iter(data.values()))} if data else None
             try:
-                question = question_of(RunConfig.model_validate(changed.model_dump()), model, jobs, elsewhere=True)
-                found = _fitted(question, budget)[0]
-                shown = leanest(question) if found is None else found.chosen
+                question = question_of(RunConfig.model_validate(changed.model_dump()), model, jobs, estimator, elsewhere=True)
+                found = quickest(question, budget)
             except InputError:  # these pins, or this checkpoint, and that method do not go together
                 continue
+            shown = found if isinstance(found, Candidate) else found.chosen
             plan = shown.planned.plan
-            yield Row(method.type, plan.weights, shown.needs, found is not None, ", ".join(_unusual(plan)))
+            yield Row(method.type, plan.weights, shown.needs, found is not shown, ", ".join(_unusual(plan)))
 
 
 def _unusual(plan: Plan) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from snugtune import allocator
 from snugtune.config import PlanConfig, RunConfig
 from snugtune.errors import InputError
 from snugtune.memory.budget import free_memory, resident
@@ -57,12 +58,20 @@ def budget_of(config: RunConfig, device: str) -> int:
     return free_memory(device) + (resident() if device == "cpu" else 0)
 
 
-def question_of(config: RunConfig, model: Model, data: Mapping[str, JobData] | None, elsewhere: bool = False) -> Question:
+def question_of(
+    config: RunConfig,
+    model: Model,
+    data: Mapping[str, JobData] | None,
+    estimator: Estimator | None = None,
+    elsewhere: bool = False,
+) -> Question:
     """What is to be planned, with the largest chunks of its data; without data, with the largest that may be.
 
-    `elsewhere`: for a machine that may have devices that this one lacks.
+    `estimator`: one that has traced this model before. `elsewhere`: for a process, or a machine, that is not this one.
     """
-    here, jobs, estimator = resident(), config.resolved_jobs(), Estimator(model.config, config.trust_remote_code)
+    here, jobs = resident(), config.resolved_jobs()
+    estimator = estimator or Estimator(model.config, config.trust_remote_code)
+    malloc = allocator.of_a_run() if elsewhere else allocator.name()
 
     def make(pins: PlanConfig) -> Planned:
         return make_plan(config.model_copy(update={"plan": pins}), model.stored, model.apart, elsewhere)
@@ -79,7 +88,9 @@ def question_of(config: RunConfig, model: Model, data: Mapping[str, JobData] | N
         return chunks(plan.micro_batch, plan.fused_tokens)
 
     def predict(plan: Plan, works: Sequence[Work]) -> Estimate:
-        return estimator.estimate(plan, works, runtime(plan, here, model.files(), model.is_computed_with_as_it_lies(plan)))
+        return estimator.estimate(
+            plan, works, runtime(plan, here, malloc, model.files(), model.is_computed_with_as_it_lies(plan))
+        )
 
     return Question(config.plan, jobs, make, predict, demand, model.stored)
 

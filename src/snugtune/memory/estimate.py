@@ -7,7 +7,7 @@ process itself and what its allocator leaves unused, is counted by named constan
 Shapes: T tokens of a forward, n scored rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from snugtune.types import Chunk, Plan
 
 BUFFERS = 2
 """Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
-FEW_ROWS = 32
+FEW_ROWS = 16
 """Scored rows that are traced at a time; their logits are the same for each."""
 
 Moment = Literal["load", "body", "head", "backward", "optimizer"]
@@ -92,7 +92,9 @@ class Estimator:
 
     def __init__(self, config: PretrainedConfig, trust_remote_code: bool = False):
         self.config, self.trust = config, trust_remote_code
-        self._traces: dict[str, Trace] = {}
+        self._traces: dict[object, Trace] = {}
+        self._of_rows: dict[object, tuple[_Numbers, _Numbers]] = {}
+        self._depths: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     def estimate(self, plan: Plan, jobs: Sequence[Work], runtime: Runtime) -> Estimate:
         """The peak of a run of these jobs. Where they take turns the largest counts, and the state of all that may be there.
@@ -113,14 +115,55 @@ class Estimator:
 
     def _trace(self, plan: Plan, job: Work) -> Trace:
         plain = _as_traced(plan)
-        key = repr((plain, job.config.method, job.config.objective, job.config.optimizer.by_matrix, job.lengths, job.scored))
+        kind = (plain, job.config.method, job.config.objective, job.config.optimizer.by_matrix)
+        key = (kind, job.lengths, job.scored)
         if key not in self._traces:
             try:
-                self._traces[key] = _traced(self.config, plain, (job,), self.trust)
+                self._traces[key] = self._traced(plain, job)
             except Exception as error:  # whatever a model's own code does where tensors have no values
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UntraceableError(f"the peak of a {self.config.model_type} cannot be predicted: {reason}") from error
         return self._traces[key]
+
+    def _traced(self, plan: Plan, job: Work) -> Trace:
+        """The trace of a step of the whole model, from traces of a few blocks and rows."""
+        depth, low, high = self._blocks(plan)
+        n, head_rows = (job.scored, plan.head_rows) if job.scored <= 4 * FEW_ROWS else (2 * FEW_ROWS, FEW_ROWS)
+        few = self._at(plan, job, low, n, head_rows)
+        found = few if high == low else _line(few, self._at(plan, job, high, n, head_rows), (depth - low) / (high - low))
+        if n == job.scored:
+            return _trace(found)
+        a_piece, a_height = self._rows(plan, job)
+        rows = _rows_at_once(job.scored, plan.head_rows)
+        more = _times((job.scored - n) / FEW_ROWS, a_piece)
+        return _trace(_plus(found, more, _times((rows - FEW_ROWS) / FEW_ROWS, a_height)))
+
+    def _rows(self, plan: Plan, job: Work) -> tuple[_Numbers, _Numbers]:
+        """What `FEW_ROWS` more scored rows add, with as many at once, and with so many more at once."""
+        key = (plan.device, plan.compute, job.config.method, job.config.objective)
+        if key not in self._of_rows:
+            low = self._blocks(plan)[1]
+            kept = replace(plan, recompute="none", offload="none")
+            short = replace(job, lengths=(4 * FEW_ROWS,))
+            few = self._at(kept, short, low, 2 * FEW_ROWS, FEW_ROWS)
+            a_piece = _minus(self._at(kept, short, low, 3 * FEW_ROWS, FEW_ROWS), few)
+            taller = self._at(kept, short, low, 4 * FEW_ROWS, 2 * FEW_ROWS)
+            self._of_rows[key] = a_piece, _minus(_minus(taller, few), _times(2, a_piece))
+        return self._of_rows[key]
+
+    def _blocks(self, plan: Plan) -> tuple[int, int, int]:
+        """How many the model has, and two numbers of them to look at."""
+        key = (plan.weights, plan.compute, plan.double_quant)
+        if key not in self._depths:
+            model = hollow_model(self.config, plan, self.trust)
+            self._depths[key] = (len(blocks_of(model)), *_depths(model))
+        return self._depths[key]
+
+    def _at(self, plan: Plan, job: Work, blocks: int, scored: int, head_rows: int) -> _Numbers:
+        model = hollow_model(self.config, plan, self.trust)
+        keep_blocks(model, blocks)
+        base = hollow_base(model, plan, self.config.model_type)
+        return _numbers(trace_step(base, [(job.config, _chunk(job, scored))], replace(plan, head_rows=head_rows)))
 
 
 def _as_traced(plan: Plan) -> Plan:
@@ -162,33 +205,6 @@ def _with(rest: Estimate, runtime: Runtime, when: Moment, kept: float, logits: f
 
 def _whole(count: float) -> int:
     return round(count)
-
-
-def _traced(config: PretrainedConfig, plan: Plan, jobs: Sequence[Work], trust: bool) -> Trace:
-    """The trace of a step of the whole model, from traces of a few blocks and rows."""
-    build = _builder(config, plan, trust)
-    scored = sum(job.scored for job in jobs)
-    depth, (low, high) = len(blocks_of(build())), _depths(build())
-    rows = _rows_at_once(scored, plan.head_rows)
-
-    def at(blocks: int, n: int, head_rows: int) -> _Numbers:
-        model = build()
-        keep_blocks(model, blocks)
-        chunks = [(job.config, _chunk(job, n)) for job in jobs]
-        return _numbers(trace_step(hollow_base(model, plan, config.model_type), chunks, replace(plan, head_rows=head_rows)))
-
-    n, head_rows = (scored, plan.head_rows) if scored <= 4 * FEW_ROWS else (2 * FEW_ROWS, FEW_ROWS)
-    few = at(low, n, head_rows)
-    found = few if high == low else _line(few, at(high, n, head_rows), (depth - low) / (high - low))
-    if n == scored:
-        return _trace(found)
-    a_piece = _minus(at(low, 3 * FEW_ROWS, FEW_ROWS), few)  # with as many at once
-    a_height = _minus(_minus(at(low, 4 * FEW_ROWS, 2 * FEW_ROWS), few), _times(2, a_piece))
-    return _trace(_plus(found, _times((scored - n) / FEW_ROWS, a_piece), _times((rows - FEW_ROWS) / FEW_ROWS, a_height)))
-
-
-def _builder(config: PretrainedConfig, plan: Plan, trust: bool) -> Callable[[], PreTrainedModel]:
-    return lambda: hollow_model(config, plan, trust)
 
 
 def _chunk(job: Work, scored: int) -> Chunk:

@@ -83,6 +83,14 @@ class Question:
 
 def fit(question: Question, budget: int) -> Fitted:
     """The quickest plan that stays within `budget` bytes. Raises `DoesNotFitError`, which says what would fit."""
+    found = quickest(question, budget)
+    if isinstance(found, Candidate):
+        raise DoesNotFitError(_too_little(question, budget, found))
+    return found
+
+
+def quickest(question: Question, budget: int) -> Fitted | Candidate:
+    """The same; where nothing fits, what takes the least."""
     rejected: list[Candidate] = []
     plans = _quickest_first(question, _variants(question))
     for planned in plans:
@@ -90,9 +98,9 @@ def fit(question: Question, budget: int) -> Fitted:
         if candidate.needs <= budget:
             return Fitted(_told(candidate, rejected, question.pins, budget), budget, tuple(rejected))
         if not rejected and len(plans) > 1 and (least := leanest(question)).needs > budget:
-            raise DoesNotFitError(_too_little(question, budget, least))
+            return least
         rejected.append(candidate)
-    raise DoesNotFitError(_too_little(question, budget, min(rejected, key=lambda c: c.needs)))
+    return min(rejected, key=lambda c: c.needs)
 
 
 def leanest(question: Question) -> Candidate:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from snugtune import allocator
 from snugtune.memory.estimate import Runtime
 from snugtune.types import NARROW, Plan
 
@@ -31,16 +30,17 @@ ROUNDED = 0.04
 caching allocator), and what is between them cannot always be used."""
 
 
-def runtime(plan: Plan, process: int, files: Sequence[Path], files_stay: bool) -> Runtime:
+def runtime(plan: Plan, process: int, malloc: str, files: Sequence[Path], files_stay: bool) -> Runtime:
     """Of a process that has so many bytes in memory before the base is loaded.
 
-    `files`: those of the model; `files_stay`: the weights are computed with as they lie there, mapped.
+    `malloc`: the allocator that it has; `files`: those of the model; `files_stay`: the weights are computed with as they lie
+    there, mapped.
     """
     if plan.device == "cuda":
         return Runtime(CONTEXT + WORKSPACES, ROUNDED)
     late = BITSANDBYTES if _needs_bitsandbytes(plan) and "bitsandbytes" not in sys.modules else 0
     read = 0 if files_stay or plan.weights in NARROW or plan.offload == "weights" else sum(f.stat().st_size for f in files)
-    return Runtime(process + GROWS + late, HOLES.get(allocator.name(), _HOLES_ELSEWHERE), read)
+    return Runtime(process + GROWS + late, HOLES.get(malloc, _HOLES_ELSEWHERE), read)
 
 
 def _needs_bitsandbytes(plan: Plan) -> bool:
