@@ -19,8 +19,8 @@ from snugtune import errors
 CONFIG_FIELDS = {
     "RunConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
-                  "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "checkpoint_every",
-                  "keep_checkpoints", "trust_remote_code", "tracking", "plan", "jobs"],
+                  "max_grad_norm", "seed", "optimizer", "schedule", "model", "output", "device", "memory",
+                  "checkpoint_every", "keep_checkpoints", "trust_remote_code", "tracking", "plan", "jobs"],
     "JobConfig": ["data", "mixing", "max_seq_len", "method", "objective", "batch_size", "epochs", "steps", "validation",
                   "eval_every", "early_stopping", "keep_best", "samples", "neftune_noise_alpha",
                   "max_grad_norm", "seed", "optimizer", "schedule", "name", "weight"],
@@ -46,7 +46,7 @@ CONFIG_FIELDS = {
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
     "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state",
-                   "gradients", "offload", "execution", "resident_jobs"],
+                   "gradients", "offload", "exact", "execution", "resident_jobs"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -103,6 +103,7 @@ schedule:
 model: demo
 output: run
 device: auto
+memory: null
 checkpoint_every: null
 keep_checkpoints: 2
 trust_remote_code: false
@@ -116,6 +117,7 @@ plan:
   optimizer_state: auto
   gradients: auto
   offload: auto
+  exact: false
   execution: auto
   resident_jobs: auto
 jobs: []
@@ -141,6 +143,7 @@ COMMANDS = {
     ],
     "export": ["--adapter", "--base", "--dtype", "--help", "--output", "--to", "--trust-remote-code", "run"],
     "doctor": ["--help", "--json", "--precision", "--quick", "--set"],
+    "plan": ["--device", "--help", "--json", "--max-seq-len", "--memory", "--method", "--model", "--set", "config"],
     "report": ["--help", "--open", "--output", "run"],
     "schema": ["--help"],
     "data show": ["--examples", "--help", "--set", "-n", "config"],
@@ -152,6 +155,7 @@ EXIT_CODES = {
     "InputError": 2,
     "StorageError": 2,
     "JobFailedError": 2,
+    "DoesNotFitError": 3,
     "OutOfMemoryError": 3,
     "Interrupted": 130,
 }
