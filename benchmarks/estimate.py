@@ -19,32 +19,8 @@ from common import table
 from plot import Line, write_plot
 
 MIB = 2**20
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "looked",
-    "at",
-    "all",
-    "of",
-    "those",
-    "birds",
-    "in",
-    "some",
-    "tree",
-    "near",
-    "my",
-    "old",
-    "house",
-    "while",
-    "it",
-    "rained",
-    "again",
-]
+Named = tuple[str, dict[str, Any]]
+TEXT = "the cat sat on a mat and looked at all of those birds in some tree near my old house while it rained again"
 
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 6, "n_head": 12, "n_positions": 1024},
@@ -63,49 +39,62 @@ LORA = {"type": "lora", "r": 8}
 PLAIN = {"recompute": "none", "offload": "none", "optimizer_state": "fp32", "micro_batch": 1}
 
 
-def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
+def configurations() -> Iterator[Named]:
     """Name and fields of each run."""
+    yield from _adapters()
+    yield from _of_the_base()
+    yield from _jobs()
+    for model in SMALL:
+        for length in (256, 768):
+            yield _one("lora", length, model)
+        yield _one("lora recompute", 512, model, plan={"recompute": "blocks"})
+        yield _one("lora nf4", 512, model, plan={"weights": "nf4"})
+        yield _one("full", 128, model, method={"type": "full"})
 
-    def one(name: str, length: int = 512, model: str = "demo", batch: int = 1, **fields: Any) -> tuple[str, dict[str, Any]]:
-        pins = {"weights": "fp32", **PLAIN, **fields.pop("plan", {})}
-        common = {"max_seq_len": length, "batch_size": batch, "method": LORA, "model": model, "plan": pins}
-        return f"{model} {name}, {batch * length} tokens", {**common, **fields}
 
+def _one(name: str, length: int = 512, model: str = "demo", batch: int = 1, **fields: Any) -> Named:
+    pins = {"weights": "fp32", **PLAIN, **fields.pop("plan", {})}
+    common = {"max_seq_len": length, "batch_size": batch, "method": LORA, "model": model, "plan": pins}
+    return f"{model} {name}, {batch * length} tokens", {**common, **fields}
+
+
+def _adapters() -> Iterator[Named]:
     for length in (128, 256, 512, 1024):
-        yield one("lora", length)
+        yield _one("lora", length)
     for weights in ("bf16", "int8", "nf4", "w8a8"):
-        yield one(f"lora {weights}", 256, plan={"weights": weights})
-    yield one("lora nf4 double", 512, plan={"weights": "nf4", "double_quant": True})
+        yield _one(f"lora {weights}", 256, plan={"weights": weights})
+    yield _one("lora nf4 double", 512, plan={"weights": "nf4", "double_quant": True})
     for rank in (1, 64, 256):
-        yield one(f"lora r={rank}", 256, method={"type": "lora", "r": rank})
+        yield _one(f"lora r={rank}", 256, method={"type": "lora", "r": rank})
     for length in (256, 1024):
-        yield one("lora recompute", length, plan={"recompute": "blocks"})
-    yield one("lora recompute 2", 512, plan={"recompute": 2})
-    yield one("lora spilled", 512, plan={"recompute": "blocks", "offload": "activations"})
-    yield one("lora streamed", 256, plan={"offload": "weights"})
-    yield one("lora nf4 streamed recompute", 512, plan={"weights": "nf4", "offload": "weights", "recompute": "blocks"})
-    yield one("lora 8bit", 256, plan={"optimizer_state": "8bit"}, method={"type": "lora", "r": 64})
+        yield _one("lora recompute", length, plan={"recompute": "blocks"})
+    yield _one("lora recompute 2", 512, plan={"recompute": 2})
+    yield _one("lora spilled", 512, plan={"recompute": "blocks", "offload": "activations"})
+    yield _one("lora streamed", 256, plan={"offload": "weights"})
+    yield _one("lora nf4 streamed recompute", 512, plan={"weights": "nf4", "offload": "weights", "recompute": "blocks"})
+    yield _one("lora 8bit", 256, plan={"optimizer_state": "8bit"}, method={"type": "lora", "r": 64})
     for batch in (2, 4):
-        yield one("lora batch", 256, batch=batch, plan={"micro_batch": batch})
-    yield one("lora accumulated", 256, batch=4)
-    for method in ({"type": "full"}, {"type": "freeze", "last_blocks": 4}, {"type": "rotate", "blocks": 2, "every": 1}):
-        yield one(f"{method['type']}", 128, method=method)
-    yield one("full bf16", 128, method={"type": "full"}, plan={"weights": "bf16"})
-    yield one("full recompute", 256, method={"type": "full"}, plan={"recompute": "blocks"})
-    yield one("full 8bit", 128, method={"type": "full"}, plan={"optimizer_state": "8bit"})
-    yield one("full released", 128, method={"type": "full"}, max_grad_norm=None, plan={"gradients": "released"})
+        yield _one("lora batch", 256, batch=batch, plan={"micro_batch": batch})
+    yield _one("lora accumulated", 256, batch=4)
+
+
+def _of_the_base() -> Iterator[Named]:
+    full = {"type": "full"}
+    for method in (full, {"type": "freeze", "last_blocks": 4}, {"type": "rotate", "blocks": 2, "every": 1}):
+        yield _one(f"{method['type']}", 128, method=method)
+    yield _one("full bf16", 128, method=full, plan={"weights": "bf16"})
+    yield _one("full recompute", 256, method=full, plan={"recompute": "blocks"})
+    yield _one("full 8bit", 128, method=full, plan={"optimizer_state": "8bit"})
+    yield _one("full released", 128, method=full, max_grad_norm=None, plan={"gradients": "released"})
     for optimizer in ("sgd", "lion", "adafactor", "galore", "apollo"):
-        yield one(f"full {optimizer}", 128, method={"type": "full"}, optimizer={"type": optimizer})
+        yield _one(f"full {optimizer}", 128, method=full, optimizer={"type": optimizer})
+
+
+def _jobs() -> Iterator[Named]:
     for jobs in (2, 4):
         for execution in ("fused", "interleaved"):
             named = [{"name": f"job{n}"} for n in range(jobs)]
-            yield one(f"{jobs} jobs {execution}", 128, jobs=named, plan={"execution": execution})
-    for model in SMALL:
-        for length in (256, 768):
-            yield one("lora", length, model)
-        yield one("lora recompute", 512, model, plan={"recompute": "blocks"})
-        yield one("lora nf4", 512, model, plan={"weights": "nf4"})
-        yield one("full", 128, model, method={"type": "full"})
+            yield _one(f"{jobs} jobs {execution}", 128, jobs=named, plan={"execution": execution})
 
 
 def made_models(folder: Path) -> dict[str, str]:
@@ -149,7 +138,7 @@ def measured(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 def write_data(file: Path) -> None:
     """Documents that are longer than any sequence here."""
     draw = random.Random(0)
-    lines = [json.dumps({"text": " ".join(draw.choice(WORDS) for _ in range(3000))}) for _ in range(30)]
+    lines = [json.dumps({"text": " ".join(draw.choice(TEXT.split()) for _ in range(3000))}) for _ in range(30)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -201,9 +190,8 @@ def main() -> None:
         ordered = sorted(rows, key=lambda row: row["measured"])
         xs = [row["measured"] // MIB for row in ordered]
         predicted = [row["estimate"]["total_bytes"] / MIB for row in ordered]
-        write_plot(
-            told.plot, "Peak memory, MiB", [Line("predicted", xs, predicted), Line("measured", xs, [float(x) for x in xs])]
-        )
+        taken = [row["measured"] / MIB for row in ordered]
+        write_plot(told.plot, "Peak memory, MiB", [Line("predicted", xs, predicted), Line("measured", xs, taken)])
 
 
 if __name__ == "__main__":
