@@ -44,6 +44,7 @@ class Runtime:
     """What a process has besides tensors. In bytes; `holes` is the share that its allocator adds to what comes and goes."""
 
     process: int
+    grows: int = 0  # from the reading of weights to a step
     holes: float = 0.0
     mapped: int = 0  # of files, while weights are read that do not stay as they lie there
 
@@ -199,7 +200,7 @@ def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
 
 def _with(rest: Estimate, runtime: Runtime, when: Moment, kept: float, logits: float, comes: float) -> Estimate:
     holes = runtime.holes * (kept + logits + comes)
-    process = runtime.process + _whole(holes)
+    process = runtime.process + runtime.grows + _whole(holes)
     return replace(rest, activations=_whole(kept), logits=_whole(logits), transients=_whole(comes), runtime=process, when=when)
 
 

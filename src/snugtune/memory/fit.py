@@ -96,7 +96,7 @@ def quickest(question: Question, budget: int) -> Fitted | Candidate:
     for planned in plans:
         candidate = _looked_at(question, planned)
         if candidate.needs <= budget:
-            return Fitted(_told(candidate, rejected, question.pins, budget), budget, tuple(rejected))
+            return Fitted(_told(candidate, rejected, budget), budget, tuple(rejected))
         if not rejected and len(plans) > 1 and (least := leanest(question)).needs > budget:
             return least
         rejected.append(candidate)
@@ -123,7 +123,7 @@ def _quickest_first(question: Question, variants: Iterable[PlanConfig]) -> list[
         except InputError as error:  # this device or these methods cannot have it
             refused = refused or error
             continue
-        found.setdefault(planned.plan, planned)
+        found.setdefault(planned.plan, _unasked(planned) if question.pins.weights == "auto" else planned)
     if not found:
         assert refused is not None
         raise refused
@@ -170,16 +170,19 @@ def _slowness(plan: Plan, full: bool) -> float:
     return recompute * width * offload * state * small * rounding
 
 
-def _told(candidate: Candidate, rejected: Sequence[Candidate], pins: PlanConfig, budget: int) -> Candidate:
+def _unasked(planned: Planned) -> Planned:
+    """The plan without the word that its weights were asked for."""
+    told = (r.replace("(as asked", "(to spare memory") if r.startswith("weights ") else r for r in planned.reasons)
+    return Planned(planned.plan, tuple(told))
+
+
+def _told(candidate: Candidate, rejected: Sequence[Candidate], budget: int) -> Candidate:
     """The candidate, with its reasons: what was chosen in the place of something quicker."""
-    planned, estimate = candidate.planned, candidate.estimate
-    reasons = list(planned.reasons)
-    if pins.weights == "auto":
-        reasons = [r.replace("(as asked", "(to stay within the budget") if r.startswith("weights ") else r for r in reasons]
+    estimate = candidate.estimate
     why = f"predicted peak {gib(estimate.total)} of {gib(budget)}"
     if rejected:
         why += f"; quicker plans need {gib(min(c.needs for c in rejected))} and more"
-    return replace(candidate, planned=Planned(planned.plan, (*reasons, why)))
+    return replace(candidate, planned=Planned(candidate.planned.plan, (*candidate.planned.reasons, why)))
 
 
 def _too_little(question: Question, budget: int, least: Candidate) -> str:

@@ -13,7 +13,7 @@ from snugtune.types import NARROW, Plan
 
 MIB = 2**20
 GROWS = 60 * MIB
-"""From the moment of planning to a step: pages of libraries that are touched, threads, compiled products, Python's objects."""
+"""From the reading of weights to a step: pages of libraries that are touched, threads, compiled products, Python's objects."""
 BITSANDBYTES = 45 * MIB
 """Its import, where something is kept in 8 or 4 bits."""
 HOLES = {"mimalloc": 0.09, "glibc": 0.55}
@@ -37,10 +37,10 @@ def runtime(plan: Plan, process: int, malloc: str, files: Sequence[Path], files_
     there, mapped.
     """
     if plan.device == "cuda":
-        return Runtime(CONTEXT + WORKSPACES, ROUNDED)
+        return Runtime(CONTEXT + WORKSPACES, holes=ROUNDED)
     late = BITSANDBYTES if _needs_bitsandbytes(plan) and "bitsandbytes" not in sys.modules else 0
     read = 0 if files_stay or plan.weights in NARROW or plan.offload == "weights" else sum(f.stat().st_size for f in files)
-    return Runtime(process + GROWS + late, HOLES.get(malloc, _HOLES_ELSEWHERE), read)
+    return Runtime(process + late, GROWS, HOLES.get(malloc, _HOLES_ELSEWHERE), read)
 
 
 def _needs_bitsandbytes(plan: Plan) -> bool:

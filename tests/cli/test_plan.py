@@ -1,0 +1,108 @@
+"""`snugtune plan` and `memory:`: what is said beforehand, and that the run keeps to it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from common import command, forked, here, write_config, write_lines
+
+from conftest import tiny_model, tiny_tokenizer
+from snugtune.words import bytes_of
+
+TEXTS = [{"text": f"{i} " + "and so it goes on " * 60} for i in range(8)]
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "max_position_embeddings": 512}
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planned")
+    tiny_model("llama", **WIDE).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    data = write_lines(tmp_path / "data.jsonl", TEXTS)
+    fields = {"objective": {"type": "clm"}, "max_seq_len": 256, "batch_size": 2, "steps": 2, "output": "out"}
+    return write_config(tmp_path / "config.yaml", model=model, data=data, **fields)
+
+
+def test_it_says_what_fits(config: Path) -> None:
+    done = here("plan", config, "--memory", "8GiB", "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert said["fits"] and said["device"] == "cpu" and said["budget_bytes"] == 8 * 2**30
+    parts = {k: v for k, v in said["estimate"].items() if k not in ("when", "total_bytes")}
+    assert sum(parts.values()) == said["estimate"]["total_bytes"] <= said["needs_bytes"] <= said["budget_bytes"]
+    assert said["plan"]["recompute"] == "none" and said["plan"]["offload"] == "none"  # there is room: nothing is spared
+    assert said["longest_context"] == WIDE["max_position_embeddings"] and said["largest_micro_batch"] > 100
+    compared = {(row["method"], row["weights"]) for row in said["comparison"]}
+    assert compared >= {("lora", "nf4"), ("lora", "int8")} and {method for method, _ in compared} == {"lora", "full"}
+
+
+def test_people_are_shown_a_bar_and_a_table(config: Path) -> None:
+    done = here("plan", config, "--memory", "8GiB")
+    assert done.code == 0, done.err
+    assert "fits into 8.00 GiB" in done.out and "predicted peak" in done.out and "█" in done.out and "runtime" in done.out
+    assert re.search(r"^lora +nf4 +[0-9.]+ GiB +fits", done.out, re.MULTILINE)
+
+
+def test_what_does_not_fit_is_code_3_and_names_the_smallest(config: Path) -> None:
+    done = here("plan", config, "--memory", "50MiB", "--json")
+    assert done.code == 3 and not json.loads(done.out)["fits"]
+    found = re.search(r"the smallest budget that works here is ([0-9.]+ GiB)", done.err)
+    assert found is not None, done.err
+    assert here("plan", config, "--memory", found[1]).code == 0
+
+
+def test_of_a_config_json_alone_and_a_gpu_that_is_not_here(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape/config.json").write_text((model / "config.json").read_text())
+    done = here("plan", "--model", tmp_path / "shape", "--memory", "24GiB", "--device", "cuda", "--max-seq-len", "512", "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert said["device"] == "cuda" and said["plan"]["weights"] == "bf16" and said["estimate"]["runtime"] > 500 * MIB
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ((), "a config, or --model"),
+        (("--model", "demo", "--device", "cuda"), "give --memory"),
+        (("--model", "demo", "--memory", "much"), "'much' is no size"),
+        (("--model", "nowhere/at/all"), "no folder"),
+    ],
+)
+def test_bad_input_is_code_2(args: tuple[str, ...], named: str) -> None:
+    done = here("plan", *args)
+    assert done.code == 2 and named in done.err and "Traceback" not in done.err
+
+
+def test_a_run_refuses_before_it_loads(config: Path, tmp_path: Path) -> None:
+    done = here("train", config, "--set", "memory=50MiB")
+    assert done.code == 3 and "the smallest budget that works here is" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_keeps_within_its_memory(config: Path, tmp_path: Path) -> None:
+    """In the smallest budget that is claimed, which needs every means that there is."""
+    told = command("train", config, "--set", "memory=50MiB", cwd=tmp_path)
+    claimed = re.search(r"the smallest budget that works here is ([0-9.]+ GiB)", told.err)
+    assert claimed is not None, told.err
+    done = command("train", config, "--set", f"memory={claimed[1]}", cwd=tmp_path)
+    assert done.code == 0, done.err
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    assert plan["fits"] and plan["budget_bytes"] == bytes_of(claimed[1])
+    assert plan["measured_peak_bytes"] <= plan["budget_bytes"]
+    assert plan["plan"]["recompute"] == "blocks" and plan["estimate"]["total_bytes"] <= plan["budget_bytes"]
+
+
+def test_pins_and_exactness_are_kept(config: Path, tmp_path: Path) -> None:
+    fields = ("memory=8GiB", "plan.exact=true", "plan.recompute=blocks")
+    done = forked("train", config, *(part for field in fields for part in ("--set", field)), cwd=tmp_path)
+    assert done.code == 0, done.err
+    plan = json.loads((tmp_path / "out/plan.json").read_text())["plan"]
+    assert plan["recompute"] == "blocks" and plan["weights"] in ("fp32", "bf16") and plan["optimizer_state"] == "fp32"
