@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
+from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model, keep_blocks
 from snugtune.model.offload import blocks_of
 from snugtune.types import Chunk, Plan
@@ -169,7 +170,8 @@ def _traced(config: PretrainedConfig, plan: Plan, jobs: Sequence[Work], trust: b
     build = _builder(config, plan, trust)
     scored = sum(job.scored for job in jobs)
     depth, (low, high) = len(blocks_of(build())), _depths(build())
-    rows = _rows_at_once(scored, plan.head_rows)
+    even = all(METHODS[type(job.config.method)].routable for job in jobs)
+    rows = _rows_at_once(scored, plan.head_rows) if even else min(scored, plan.head_rows)
 
     def at(blocks: int, n: int, head_rows: int) -> _Numbers:
         model = build()
@@ -199,7 +201,7 @@ def _chunk(job: Work, scored: int) -> Chunk:
 
 
 def _rows_at_once(scored: int, most: int) -> int:
-    """As the head cuts them: about equal pieces."""
+    """As a frozen head cuts them: about equal pieces."""
     return -(-scored // max(1, -(-scored // most)))
 
 
@@ -211,8 +213,9 @@ def _depths(model: PreTrainedModel) -> tuple[int, int]:
     modules = dict(model.named_modules())
     kinds = [_kind(modules[name]) for name in blocks_of(model)]
     for period in range(1, len(kinds)):
-        for start in range(len(kinds) - 2 * period + 1):
-            if all(kinds[i] == kinds[i - period] for i in range(start + period, len(kinds))):
+        for start in range(max(0, 2 - period), len(kinds) - 2 * period + 1):  # the first alone needs less: its input is given
+            whole = (len(kinds) - start) % period == 0
+            if whole and all(kinds[i] == kinds[i - period] for i in range(start + period, len(kinds))):
                 if start + 2 * period < len(kinds):
                     return start + period, start + 2 * period
                 break
