@@ -199,6 +199,7 @@ _MOMENTS = {
     "head": "while the head scores",
     "backward": "in the backward",
     "optimizer": "in the optimizer's step",
+    "save": "while the result is written",
 }
 
 

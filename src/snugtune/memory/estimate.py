@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
+from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model, keep_blocks
 from snugtune.model.offload import blocks_of
 from snugtune.types import Chunk, Plan
@@ -26,7 +27,7 @@ BUFFERS = 2
 FEW_ROWS = 16
 """Scored rows that are traced at a time; their logits are the same for each."""
 
-Moment = Literal["load", "body", "head", "backward", "optimizer"]
+Moment = Literal["load", "body", "head", "backward", "optimizer", "save"]
 _Numbers = dict[tuple[object, object], float]
 
 
@@ -47,6 +48,7 @@ class Runtime:
     grows: int = 0  # from the reading of weights to a step
     holes: float = 0.0
     mapped: int = 0  # of files, while weights are read that do not stay as they lie there
+    written: int = 0  # what writing the result imports and makes
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Estimator:
         if n == job.scored:
             return _trace(found)
         a_piece, a_height = self._rows(plan, job)
-        rows = _rows_at_once(job.scored, plan.head_rows)
+        even = METHODS[type(job.config.method)].routable  # a head that trains is cut into full pieces
+        rows = _rows_at_once(job.scored, plan.head_rows) if even else min(job.scored, plan.head_rows)
         more = _times((job.scored - n) / FEW_ROWS, a_piece)
         return _trace(_plus(found, more, _times((rows - FEW_ROWS) / FEW_ROWS, a_height)))
 
@@ -191,6 +194,7 @@ def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
     rest = Estimate(_whole(step.weights), _whole(step.trained), _whole(step.gradients), _whole(step.state), 0, 0, 0, 0, "load")
     yield replace(rest, adapters=0, gradients=0, optimizer=0, runtime=runtime.process + runtime.mapped)
     yield _with(rest, runtime, "optimizer", 0, 0, step.update)
+    yield replace(rest, gradients=0, runtime=runtime.process + runtime.grows + runtime.written, when="save")
     kept = step.peaks["head"].get("body", 0.0) if "head" in step.peaks else 0.0
     for phase, held in step.peaks.items():
         stays = min(kept, held.get("body", 0.0))
@@ -216,7 +220,7 @@ def _chunk(job: Work, scored: int) -> Chunk:
 
 
 def _rows_at_once(scored: int, most: int) -> int:
-    """As the head cuts them: about equal pieces."""
+    """As a frozen head cuts them: about equal pieces."""
     return -(-scored // max(1, -(-scored // most)))
 
 
@@ -228,8 +232,9 @@ def _depths(model: PreTrainedModel) -> tuple[int, int]:
     modules = dict(model.named_modules())
     kinds = [_kind(modules[name]) for name in blocks_of(model)]
     for period in range(1, len(kinds)):
-        for start in range(len(kinds) - 2 * period + 1):
-            if all(kinds[i] == kinds[i - period] for i in range(start + period, len(kinds))):
+        for start in range(max(0, 2 - period), len(kinds) - 2 * period + 1):  # the first alone needs less: its input is given
+            whole = (len(kinds) - start) % period == 0
+            if whole and all(kinds[i] == kinds[i - period] for i in range(start + period, len(kinds))):
                 if start + 2 * period < len(kinds):
                     return start + period, start + 2 * period
                 break

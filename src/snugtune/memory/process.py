@@ -14,6 +14,8 @@ from snugtune.types import NARROW, Plan
 MIB = 2**20
 GROWS = 60 * MIB
 """From the reading of weights to a step: pages of libraries that are touched, threads, compiled products, Python's objects."""
+WRITTEN = 60 * MIB
+"""PEFT's import, with that of bitsandbytes: when adapters are written."""
 BITSANDBYTES = 45 * MIB
 """Its import, where something is kept in 8 or 4 bits."""
 HOLES = {"mimalloc": 0.09, "glibc": 0.55}
@@ -40,7 +42,7 @@ def runtime(plan: Plan, process: int, malloc: str, files: Sequence[Path], files_
         return Runtime(CONTEXT + WORKSPACES, holes=ROUNDED)
     late = BITSANDBYTES if _needs_bitsandbytes(plan) and "bitsandbytes" not in sys.modules else 0
     read = 0 if files_stay or plan.weights in NARROW or plan.offload == "weights" else sum(f.stat().st_size for f in files)
-    return Runtime(process + late, GROWS, HOLES.get(malloc, _HOLES_ELSEWHERE), read)
+    return Runtime(process + late, GROWS, HOLES.get(malloc, _HOLES_ELSEWHERE), read, WRITTEN)
 
 
 def _needs_bitsandbytes(plan: Plan) -> bool:

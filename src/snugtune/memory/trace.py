@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from snugtune.config import JobConfig
+from snugtune.model.attention import forget_masks
 from snugtune.model.base import Base
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.offload import blocks_of
@@ -55,7 +56,10 @@ class Ledger(TorchDispatchMode):
         self.phase: Phase = "body"
         self.live: Counter[Phase] = Counter()
         self.peaks: dict[Phase, Held] = {}
-        self._seen = {storage_of(tensor) for tensor in known}
+        self._seen: set[int] = set()
+        for tensor in known:
+            self._seen.add(storage_of(tensor))
+            weakref.finalize(tensor.untyped_storage(), self._seen.discard, storage_of(tensor))  # another may lie there then
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -137,6 +141,7 @@ def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) 
     gradients = [p.grad for p in _parameters(attached) if p.grad is not None]
     ledger = Ledger((*at_rest, *_parameters(attached), *gradients))
     queues = {config.name: [chunk] for config, chunk in jobs}
+    forget_masks()  # else those that another trace has made would not be counted
     with ledger.following(base), ledger:
         trainer.forward_backward(queues, dict.fromkeys(queues, 1.0))
     blocks = [_frozen_bytes(base.model.get_submodule(name)) for name in blocks_of(base.model)]

@@ -125,6 +125,11 @@ def _hidden(rows: int, keys: int, window: int | None, device: torch.device) -> T
     return ahead if window is None else ahead | hidden.tril(keys - rows - window)
 
 
+def forget_masks() -> None:
+    """Let the next forward make its masks itself, as the first of a process does."""
+    _hidden.cache_clear()
+
+
 def _rows(how: _How, q: Tensor) -> int:
     """Queries of a block: as many as are quick, fewer where they would meet very many keys."""
     heads, length, _ = q.shape

@@ -32,6 +32,7 @@ def hollow_model(config: PretrainedConfig, plan: Plan, trust_remote_code: bool =
     except Exception as error:  # an odd config.json can trip any model's constructor up in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"model: cannot build a {config.model_type} of its config: {reason}") from error
+    model.config.pad_token_id = None  # where there is one, some models look for it among the tokens, which have no values
     wide = kept_in_fp32(model, dtype)
     for name, parameter in model.named_parameters():
         if wide(name):
