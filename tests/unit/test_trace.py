@@ -20,7 +20,7 @@ from snugtune.memory.budget import resident
 from snugtune.memory.estimate import Estimator, Runtime, Work
 from snugtune.memory.trace import Held, Ledger, Trace, trace_step
 from snugtune.model.attention import forget_masks
-from snugtune.model.hollow import hollow_base, hollow_model, keep_blocks
+from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.load import load_config
 from snugtune.model.offload import blocks_of
 from snugtune.model.source import ModelSource
@@ -214,10 +214,8 @@ def test_a_ledger_counts_a_storage_once_and_until_it_is_freed() -> None:
 
 def test_blocks_are_left_out_from_the_end(tmp_path: Path) -> None:
     config = load_config(ModelSource("tiny", str(folder_of(tmp_path, "gemma3", num_hidden_layers=2))), False)
-    model = hollow_model(config, plan_of("fp32"))
-    first, last = (blocks_of(model)[at] for at in (0, 1))
-    keep_blocks(model, 1)
-    assert blocks_of(model) == [first] != [last]
+    first, last = blocks_of(hollow_model(config, plan_of("fp32")))
+    assert blocks_of(hollow_model(config, plan_of("fp32"), blocks=1)) == [first] != [last]
 
 
 def large() -> PretrainedConfig:

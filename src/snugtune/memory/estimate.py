@@ -18,7 +18,7 @@ from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
 from snugtune.methods import METHODS
-from snugtune.model.hollow import hollow_base, hollow_model, keep_blocks
+from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.offload import blocks_of
 from snugtune.types import Chunk, Plan
 
@@ -164,8 +164,7 @@ class Estimator:
         return self._depths[key]
 
     def _at(self, plan: Plan, job: Work, blocks: int, scored: int, head_rows: int) -> _Numbers:
-        model = hollow_model(self.config, plan, self.trust)
-        keep_blocks(model, blocks)
+        model = hollow_model(self.config, plan, self.trust, blocks)
         base = hollow_base(model, plan, self.config.model_type)
         return _numbers(trace_step(base, [(job.config, _chunk(job, scored))], replace(plan, head_rows=head_rows)))
 

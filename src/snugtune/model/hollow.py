@@ -20,9 +20,16 @@ from snugtune.model.quantize import kept_in_fp32, narrowable
 from snugtune.types import NARROW, Plan
 
 
-def hollow_model(config: PretrainedConfig, plan: Plan, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config on the meta device, its linears in the plan's format. Raises `InputError` for an odd config."""
+def hollow_model(
+    config: PretrainedConfig, plan: Plan, trust_remote_code: bool = False, blocks: int | None = None
+) -> PreTrainedModel:
+    """The model of a config on the meta device, its linears in the plan's format. Raises `InputError` for an odd config.
+
+    `blocks`: with the first so many of them alone.
+    """
     config = copy.deepcopy(config)
+    if blocks is not None:
+        _shorten(config.get_text_config(), blocks)
     silence_dropouts(config)
     config.__dict__.pop("quantization_config", None)
     dtype = DTYPES[plan.compute]
@@ -37,9 +44,21 @@ def hollow_model(config: PretrainedConfig, plan: Plan, trust_remote_code: bool =
     for name, parameter in model.named_parameters():
         if wide(name):
             parameter.data = parameter.data.float()
+    if blocks is not None:
+        _keep_blocks(model, blocks)
     if plan.weights in NARROW or plan.offload == "weights":
         _narrow(model, plan)
     return model
+
+
+def _shorten(config: PretrainedConfig, blocks: int) -> None:
+    """Ask for fewer blocks, where the config has the usual words for that: to build a hundred takes a while."""
+    depth = getattr(config, "num_hidden_layers", None)
+    if isinstance(depth, int) and depth > blocks:
+        for name, value in vars(config).items():
+            if isinstance(value, (list, tuple)) and len(value) == depth:
+                setattr(config, name, value[:blocks])
+        config.num_hidden_layers = blocks
 
 
 def _narrow(model: PreTrainedModel, plan: Plan) -> None:
@@ -52,7 +71,7 @@ def _narrow(model: PreTrainedModel, plan: Plan) -> None:
         setattr(model.get_submodule(parent), leaf, layer)
 
 
-def keep_blocks(model: PreTrainedModel, count: int) -> None:
+def _keep_blocks(model: PreTrainedModel, count: int) -> None:
     """Leave out all blocks but the first `count`."""
     for name in reversed(blocks_of(model)[count:]):
         parent, _, index = name.rpartition(".")
