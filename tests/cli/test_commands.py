@@ -174,7 +174,7 @@ def test_config_is_kept_resolved(trained: Trained) -> None:
     assert kept["schedule"] == {"type": "cosine", "warmup": WARMUP}
     knobs = ("micro_batch", "recompute", "optimizer_state", "gradients", "offload", "execution", "resident_jobs")
     free = dict.fromkeys(knobs, "auto")
-    assert kept["plan"] == {"weights": "fp32", "double_quant": False, "outlier_threshold": 0.0, **free}
+    assert kept["plan"] == {"weights": "fp32", "double_quant": False, "outlier_threshold": 0.0, "exact": False, **free}
 
 
 def test_plan_holds_the_measured_peak(trained: Trained) -> None:
