@@ -131,27 +131,27 @@ class Estimator:
     def _traced(self, plan: Plan, job: Work) -> Trace:
         """The trace of a step of the whole model, from traces of a few blocks and rows."""
         depth, low, high = self._blocks(plan)
-        n, head_rows = (job.scored, plan.head_rows) if job.scored <= 4 * FEW_ROWS else (2 * FEW_ROWS, FEW_ROWS)
+        # A head that trains makes logits of all rows of a piece at once: that takes few operators, and no line goes through it.
+        whole = job.scored <= 4 * FEW_ROWS or not METHODS[type(job.config.method)].routable
+        n, head_rows = (job.scored, plan.head_rows) if whole else (2 * FEW_ROWS, FEW_ROWS)
         few = self._at(plan, job, low, n, head_rows)
         found = few if high == low else _line(few, self._at(plan, job, high, n, head_rows), (depth - low) / (high - low))
-        if n == job.scored:
+        if whole:
             return _trace(found)
         a_piece, a_height = self._rows(plan, job)
-        even = METHODS[type(job.config.method)].routable  # a head that trains is cut into full pieces
-        rows = _rows_at_once(job.scored, plan.head_rows) if even else min(job.scored, plan.head_rows)
+        rows = _rows_at_once(job.scored, plan.head_rows)
         more = _times((job.scored - n) / FEW_ROWS, a_piece)
         return _trace(_plus(found, more, _times((rows - FEW_ROWS) / FEW_ROWS, a_height)))
 
     def _rows(self, plan: Plan, job: Work) -> tuple[_Numbers, _Numbers]:
         """What `FEW_ROWS` more scored rows add, with as many at once, and with so many more at once."""
-        key = (plan.device, plan.compute, job.config.method, job.config.objective)
+        key = (plan.device, plan.compute, job.config.method, job.config.objective, job.lengths)
         if key not in self._of_rows:
             low = self._blocks(plan)[1]
             kept = replace(plan, recompute="none", offload="none")
-            short = replace(job, lengths=(4 * FEW_ROWS,))
-            few = self._at(kept, short, low, 2 * FEW_ROWS, FEW_ROWS)
-            a_piece = _minus(self._at(kept, short, low, 3 * FEW_ROWS, FEW_ROWS), few)
-            taller = self._at(kept, short, low, 4 * FEW_ROWS, 2 * FEW_ROWS)
+            few = self._at(kept, job, low, 2 * FEW_ROWS, FEW_ROWS)
+            a_piece = _minus(self._at(kept, job, low, 3 * FEW_ROWS, FEW_ROWS), few)
+            taller = self._at(kept, job, low, 4 * FEW_ROWS, 2 * FEW_ROWS)
             self._of_rows[key] = a_piece, _minus(_minus(taller, few), _times(2, a_piece))
         return self._of_rows[key]
 
