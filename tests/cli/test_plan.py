@@ -51,11 +51,11 @@ def test_people_are_shown_a_bar_and_a_table(config: Path) -> None:
 
 
 def test_what_does_not_fit_is_code_3_and_names_the_smallest(config: Path) -> None:
-    done = here("plan", config, "--memory", "50MiB", "--json")
+    done = forked("plan", config, "--memory", "50MiB", "--json", cwd=config.parent)
     assert done.code == 3 and not json.loads(done.out)["fits"]
     found = re.search(r"the smallest budget that works here is ([0-9.]+ GiB)", done.err)
     assert found is not None, done.err
-    assert here("plan", config, "--memory", found[1]).code == 0
+    assert forked("plan", config, "--memory", found[1], cwd=config.parent).code == 0
 
 
 def test_of_a_config_json_alone_and_a_gpu_that_is_not_here(model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ CHOSEN = ("fits", "budget_bytes", "estimate", "rejected")
 """What `plan.json` says of how the plan was chosen."""
 MARGIN = 0.03
 """Of a prediction, that a plan must leave free: predictions are to err by no more."""
+VARIES = 8 * 2**20
+"""Bytes by which processes of the same command differ before they load anything."""
 SHORTEST = 64
 """Tokens below which no `max_seq_len` is proposed."""
 
@@ -188,7 +190,9 @@ def _told(candidate: Candidate, rejected: Sequence[Candidate], budget: int) -> C
 def _too_little(question: Question, budget: int, least: Candidate) -> str:
     """What to say where nothing fits."""
     short = least.needs - budget
-    told = f"memory: {gib(budget)} is {gib(short)} too little: the smallest budget that works here is {gib_up(least.needs)}"
+    told = (
+        f"memory: {gib(budget)} is {gib(short)} too little: the smallest budget that works here is {gib_up(least.needs + VARIES)}"
+    )
     ways = list(_ways_out(question, budget))
     return f"{told}; what would fit: {', '.join(ways)}" if ways else f"{told}, and no knob changes that; take a smaller model"
 
