@@ -236,6 +236,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "max_position_embeddings": 512}
+
+
+def wide_folder(folder: Path) -> Path:
+    """`folder`, with a model whose step takes memory that can be seen in a process."""
+    tiny_model("llama", **WIDE).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and its tokenizer as a transformers folder (safetensors). Shared by the session: do not write into it."""

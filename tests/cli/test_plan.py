@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 from common import command, forked, here, write_config, write_lines
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import WIDE, wide_folder
 from snugtune.words import bytes_of
 
 TEXTS = [{"text": f"{i} " + "and so it goes on " * 60} for i in range(8)]
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "max_position_embeddings": 512}
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("planned")
-    tiny_model("llama", **WIDE).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return wide_folder(tmp_path_factory.mktemp("planned"))
 
 
 @pytest.fixture

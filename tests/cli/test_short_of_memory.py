@@ -13,11 +13,10 @@ import torch
 from common import in_a_process, metrics_of, write_config, write_lines
 from safetensors.torch import load_file
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import wide_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA holds on Linux alone")
 
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "max_position_embeddings": 512}
 SHORT = [{"text": f"{i} " + "and so it goes on " * 12} for i in range(16)]
 LONG = [{"text": f"{i} " + "and so it goes on " * 60} for i in range(16)]
 STEPS = 3
@@ -25,10 +24,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wide")
-    tiny_model("llama", **WIDE).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return wide_folder(tmp_path_factory.mktemp("wide"))
 
 
 def _data() -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conftest import NoWatch, sequences, tiny_base
 from snugtune.config import JobConfig, to_config
-from snugtune.errors import InputError
+from snugtune.errors import InputError, OutOfMemoryError, UnreadableError
 from snugtune.live.config import LiveJobConfig
 from snugtune.memory.plan import check_job, make_plan
 from snugtune.methods.full import FullAttached
@@ -165,10 +165,15 @@ def _no_memory(gradient: Tensor) -> Tensor:
     raise MemoryError
 
 
-def test_what_breaks_off_half_a_step_ends_the_job() -> None:
+def _no_disk(gradient: Tensor) -> Tensor:
+    raise UnreadableError("the disk is gone")
+
+
+@pytest.mark.parametrize(("broken", "told"), [(_no_memory, OutOfMemoryError), (_no_disk, UnreadableError)])
+def test_what_breaks_off_half_a_step_ends_the_job(broken: Callable[[Tensor], Tensor], told: type[Exception]) -> None:
     trainer, job = started("released")
-    poisoned(trainer, "model.layers.0.mlp.down_proj", _no_memory)
-    with pytest.raises(MemoryError):
+    poisoned(trainer, "model.layers.0.mlp.down_proj", broken)
+    with pytest.raises(told):
         trainer.step()
     assert job.failure is not None and "broken off in the middle of its optimizer step" in job.failure
 
@@ -177,8 +182,8 @@ def test_what_breaks_off_before_the_first_weight_steps_is_made_anew() -> None:
     """The tied head's gradient waits for the embedding's then."""
     truth, a = started("kept", "gpt2")
     trainer, b = started("released", "gpt2")
-    undo = poisoned(trainer, "transformer.ln_f", _no_memory)
-    with pytest.raises(MemoryError):
+    undo = poisoned(trainer, "transformer.ln_f", _no_disk)
+    with pytest.raises(UnreadableError):
         trainer.step()
     undo()
     assert b.failure is None

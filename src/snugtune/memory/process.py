@@ -18,7 +18,7 @@ WRITTEN = 60 * MIB
 """PEFT's import, with that of bitsandbytes: when adapters are written."""
 BITSANDBYTES = 45 * MIB
 """Its import, where something is kept in 8 or 4 bits."""
-HOLES = {"mimalloc": 0.09, "glibc": 0.55}
+HOLES = {"mimalloc": 0.09, "glibc": 0.6}
 """Of what comes and goes in a step, so much lies unused between it at the peak."""
 _HOLES_ELSEWHERE = 0.15
 
