@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from snugtune.allocator import give_back_freed
 from snugtune.config import JobConfig
 from snugtune.console import quiet_libraries
-from snugtune.memory.budget import give_back_freed
 from snugtune.model.base import Base, load_base
 from snugtune.model.source import find_model
 from snugtune.training.examples import JobData

@@ -1,11 +1,13 @@
 """Writing to disk so that a crash or a full disk leaves either the old or the new, never half of one."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +21,8 @@ from snugtune.errors import InputError, StorageError
 
 LFS_POINTER = b"version https://git-lfs.github.com/"
 """What a file begins with that git left in place of a large one, until that is fetched."""
+UNUSED_SECONDS = 30 * 24 * 3600.0
+"""What of a cache nobody has asked for so long is deleted."""
 _UNFINISHED = ".part-"
 """What the names of files and folders begin with until they are whole."""
 _LOCK = ".lock"
@@ -267,6 +271,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def code_of(folder: Path) -> str:
+    """The code below a folder, as a hash: no version number that somebody could forget to raise."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def still_used(path: Path) -> None:
+    """Let a file of a cache live on."""
+    with suppress(OSError):  # a shared cache, or one that cannot be written
+        os.utime(path)
+
+
+def forget_unused(folder: Path) -> None:
+    """Delete the files of a cache that nobody has asked for in `UNUSED_SECONDS`."""
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process may be doing the same
+            if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+                path.unlink()
 
 
 def is_leftover(path: Path) -> bool:

@@ -11,7 +11,7 @@ from rich.text import Text
 from snugtune.config import RunConfig
 from snugtune.console import Console
 from snugtune.errors import DoesNotFitError, InputError
-from snugtune.memory.choose import Model, budget_of, question_of
+from snugtune.memory.choose import Model, budget_of, estimator_of, question_of
 from snugtune.memory.estimate import Estimate, Estimator, Work
 from snugtune.memory.fit import Candidate, Fitted, Question, fit, gib_up, leanest, quickest
 from snugtune.methods import METHODS
@@ -83,7 +83,7 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
     model_config = load_config(source, config.trust_remote_code)
     model = Model(source, model_config, stored_width(source, model_config), obstacle_to_sharing(model_config))
     data = _data(config, source, console) if with_data else None
-    estimator = Estimator(model_config, config.trust_remote_code)
+    estimator = estimator_of(model, config.trust_remote_code)
     question = question_of(config, model, data, estimator, elsewhere=True)
     device = question.make(config.plan).plan.device
     budget = budget_of(config, device)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import byte_level
 
 import snugtune.data.cache as cache_module
+from snugtune import files
 from snugtune.config import JobConfig
 from snugtune.data.cache import TokenCache, tokenizer_identity
 from snugtune.data.forms import Document, Item
@@ -158,7 +159,7 @@ def test_what_nobody_asked_for_is_forgotten(tmp_path: Path) -> None:
     ask(tmp_path, documents("kept"))
     now = time.time()
     for file in tmp_path.iterdir():
-        os.utime(file, (now - cache_module.UNUSED_SECONDS - 60,) * 2)
+        os.utime(file, (now - files.UNUSED_SECONDS - 60,) * 2)
     ask(tmp_path, documents("kept"))  # asked for: young again
     ask(tmp_path, documents("new"))
     assert ask(tmp_path, documents("kept"))[2] == []
@@ -200,10 +201,10 @@ def test_code_is_known_by_all_that_stands_below_its_folder(tmp_path: Path) -> No
     inner = tmp_path / "render" / "marks.py"
     inner.parent.mkdir()
     inner.write_text("# one way")
-    before = cache_module.code_of(tmp_path)
-    assert cache_module.code_of(tmp_path) == before
+    before = files.code_of(tmp_path)
+    assert files.code_of(tmp_path) == before
     inner.write_text("# another way")
-    assert cache_module.code_of(tmp_path) != before
+    assert files.code_of(tmp_path) != before
 
 
 def test_two_processes_at_once_end_with_whole_files(tmp_path: Path) -> None:

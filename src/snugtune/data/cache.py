@@ -9,10 +9,7 @@ out for validation: that is drawn anew.
 import functools
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -25,12 +22,10 @@ from safetensors.torch import save
 from snugtune.data.forms import Item
 from snugtune.data.sources import Drops
 from snugtune.errors import StorageError
-from snugtune.files import make_folder, write_whole
+from snugtune.files import code_of, forget_unused, make_folder, still_used, write_whole
 from snugtune.types import Example
 
 SHARD = 1000  # items
-UNUSED_SECONDS = 30 * 24 * 3600.0
-"""Shards that nobody has asked for so long are deleted."""
 
 Tokenise = Callable[[Iterable[Item], Drops], list[Example]]
 
@@ -40,14 +35,6 @@ def tokenizer_identity(tokenizer: Any) -> str:
     parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
     parts += (tokenizer.split_special_tokens,)
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def code_of(folder: Path) -> str:
-    """The code below a folder, as a hash: no version number that somebody could forget to raise."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 @functools.cache
@@ -83,7 +70,7 @@ class TokenCache:
             examples += found[0]
             drops.merge(found[1])
         if written:
-            _forget_unused(self.folder)
+            forget_unused(self.folder)
         return examples
 
     def _key(self, shard: Sequence[Item]) -> str:
@@ -127,8 +114,7 @@ def _read(path: Path) -> tuple[list[Example], Drops] | None:
         examples = list(_examples(lengths.tolist(), tokens.long(), weights, sources))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         return None  # it is made anew
-    with suppress(OSError):  # a shared cache, or one that cannot be written
-        os.utime(path)
+    still_used(path)
     drops = Drops()
     drops.counts.update(counts)
     drops.places.update(places)
@@ -138,10 +124,3 @@ def _read(path: Path) -> tuple[list[Example], Drops] | None:
 def _examples(lengths: list[int], tokens: torch.Tensor, weights: torch.Tensor, sources: list[str]) -> Iterator[Example]:
     for ids, w, source in zip(tokens.split(lengths), weights.split(lengths), sources, strict=True):
         yield Example(ids, w, source)
-
-
-def _forget_unused(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        with suppress(OSError):  # another process may be doing the same
-            if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
-                path.unlink()

@@ -11,10 +11,12 @@ from transformers import PretrainedConfig
 from snugtune import allocator
 from snugtune.config import PlanConfig, RunConfig
 from snugtune.errors import InputError
+from snugtune.files import cache_dir
 from snugtune.memory.budget import free_memory, resident
 from snugtune.memory.demand import full_chunk, largest_chunk
 from snugtune.memory.estimate import Estimate, Estimator, Work
 from snugtune.memory.fit import Fitted, Question, fit
+from snugtune.memory.kept import TraceCache
 from snugtune.memory.plan import Planned, make_plan
 from snugtune.memory.process import runtime
 from snugtune.model.load import DTYPES
@@ -41,6 +43,12 @@ class Model:
     def is_computed_with_as_it_lies(self, plan: Plan) -> bool:
         """Whether its files' pages are the weights: these are mapped, where their format is that of the plan."""
         return plan.device == "cpu" and self.config.dtype == DTYPES.get(plan.weights)
+
+
+def estimator_of(model: Model, trust_remote_code: bool) -> Estimator:
+    """One that finds what was traced on this machine before; but a checkpoint's own code may change unseen."""
+    kept = None if trust_remote_code else TraceCache(cache_dir() / "traces", model.config)
+    return Estimator(model.config, trust_remote_code, kept)
 
 
 def planned_within(config: RunConfig, model: Model, data: Mapping[str, JobData]) -> Fitted:
@@ -70,7 +78,7 @@ def question_of(
     `estimator`: one that has traced this model before. `elsewhere`: for a process, or a machine, that is not this one.
     """
     here, jobs = resident(), config.resolved_jobs()
-    estimator = estimator or Estimator(model.config, config.trust_remote_code)
+    estimator = estimator or estimator_of(model, config.trust_remote_code)
     malloc = allocator.of_a_run() if elsewhere else allocator.name()
 
     def make(pins: PlanConfig) -> Planned:

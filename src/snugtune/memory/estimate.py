@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from snugtune.config import JobConfig
 from snugtune.errors import InputError
+from snugtune.memory.kept import TraceCache
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
 from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
@@ -91,10 +92,13 @@ class UntraceableError(InputError):
 
 
 class Estimator:
-    """Estimates runs on one base. Each trace is made once: plans that differ in where and how things are kept share it."""
+    """Estimates runs on one base. Each trace is made once: plans that differ in where and how things are kept share it.
 
-    def __init__(self, config: PretrainedConfig, trust_remote_code: bool = False):
-        self.config, self.trust = config, trust_remote_code
+    `kept`: traces of this model that were made before, to find them and to keep what is made.
+    """
+
+    def __init__(self, config: PretrainedConfig, trust_remote_code: bool = False, kept: TraceCache | None = None):
+        self.config, self.trust, self.kept = config, trust_remote_code, kept
         self._traces: dict[object, Trace] = {}
         self._of_rows: dict[object, tuple[_Numbers, _Numbers]] = {}
         self._depths: dict[tuple[object, ...], tuple[int, int, int]] = {}
@@ -120,9 +124,13 @@ class Estimator:
         plain = _as_traced(plan)
         kind = (plain, job.config.method, job.config.objective, job.config.optimizer.by_matrix)
         key = (kind, job.lengths, job.scored)
+        if key not in self._traces and self.kept is not None and (known := self.kept.get(key)) is not None:
+            self._traces[key] = known
         if key not in self._traces:
             try:
                 self._traces[key] = self._traced(plain, job)
+                if self.kept is not None:
+                    self.kept.put(key, self._traces[key])
             except Exception as error:  # whatever a model's own code does where tensors have no values
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UntraceableError(f"the peak of a {self.config.model_type} cannot be predicted: {reason}") from error

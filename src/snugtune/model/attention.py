@@ -138,9 +138,13 @@ def _rows(how: _How, q: Tensor) -> int:
 
 
 def _blocks(how: _How, q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(queries, the keys that they may look at): keys after the last query of a block need not be looked at."""
+    """(queries, the keys that they may look at): keys after the last query of a block need not be looked at.
+
+    Where tensors have no values, those of the last two: what a block takes is none of the next one's, and these are the largest.
+    """
     length, most = q.shape[1], _rows(how, q)
-    for start in range(0, length, most):
+    starts = range(0, length, most)
+    for start in starts[-2:] if q.is_meta else starts:
         rows = slice(start, min(start + most, length))
         yield rows, how.keys(rows)
 

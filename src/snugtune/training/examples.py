@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from snugtune.config import JobConfig
-from snugtune.data.cache import TokenCache, code_of, tokenizer_identity
+from snugtune.data.cache import TokenCache, tokenizer_identity
 from snugtune.data.forms import Conversation, Document, Item, Unusable, read_form
 from snugtune.data.mix import InterleaveConfig, interleave, split
 from snugtune.data.sources import Drops, SourceConfig, read_sources
 from snugtune.errors import InputError
-from snugtune.files import cache_dir
+from snugtune.files import cache_dir, code_of
 from snugtune.objectives import objective_of
 from snugtune.objectives.clm import Clm, ClmConfig
 from snugtune.objectives.sft import Sft, SftConfig
