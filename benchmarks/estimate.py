@@ -132,7 +132,7 @@ def measured(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
     plan = json.loads((place / "run" / "plan.json").read_text())
-    return {"name": name, "estimate": plan["estimate"], "measured": plan["takenpeak_bytes"]}
+    return {"name": name, "estimate": plan["estimate"], "measured": plan["measured_peak_bytes"]}
 
 
 def write_data(file: Path) -> None:

@@ -35,7 +35,8 @@ CONFIGS = {
 
 def programs() -> dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]]:
     """Name -> what makes the optimizer of a weight; the baseline first."""
-    import bitsandbytes.optim as theirs
+    from bitsandbytes.optim.adamw import AdamW8bit
+    from bitsandbytes.optim.lion import Lion8bit
 
     def ours(name: str, state: OptimizerState) -> Callable[[nn.Parameter], torch.optim.Optimizer]:
         return lambda weight: CONFIGS[name].build([weight], state)
@@ -44,8 +45,8 @@ def programs() -> dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]]:
     made |= {f"{name} 8bit": ours(name, "8bit") for name, config in CONFIGS.items() if config.obstacle() is None}
     if torch.cuda.is_available():
         made |= {f"{name} paged": ours(name, "paged") for name, config in CONFIGS.items() if config.obstacle() is None}
-    made["bitsandbytes AdamW8bit"] = lambda weight: theirs.AdamW8bit([weight], weight_decay=0.0)
-    made["bitsandbytes Lion8bit"] = lambda weight: theirs.Lion8bit([weight])
+    made["bitsandbytes AdamW8bit"] = lambda weight: AdamW8bit([weight], weight_decay=0.0)
+    made["bitsandbytes Lion8bit"] = lambda weight: Lion8bit([weight])
     return made
 
 

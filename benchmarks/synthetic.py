@@ -115,7 +115,7 @@ def _write(file: Path, specs: dict[str, Spec]) -> None:
     with file.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for spec in specs.values():
-            out.write(memoryview(spec.make().view(torch.uint8).numpy()))
+            out.write(spec.make().view(torch.uint8).numpy().data)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -1,10 +1,8 @@
 """The peak of a run, predicted from its config, its plan and the largest chunk it will see. No weight is loaded.
 
-A step of the trainer is traced on a base without memory (see `trace`), with few of the model's blocks and few scored rows; all
-it holds grows linearly in both, so two depths and a few rows say what the whole one would hold. What no trace sees, the
-process itself and what its allocator leaves unused, is counted by named constants that were measured.
-
-Shapes: T tokens of a forward, n scored rows.
+A step of the trainer is traced on a base without memory (see `trace`), with few of the model's blocks. What it holds grows
+linearly with them, so two depths say what the whole one would hold. What no trace sees, the process itself and what its
+allocator leaves unused, is counted by named constants that were measured.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,15 +16,12 @@ from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.memory.kept import TraceCache
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
-from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.offload import blocks_of
 from snugtune.types import Chunk, Plan
 
 BUFFERS = 2
 """Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
-FEW_ROWS = 16
-"""Scored rows that are traced at a time; their logits are the same for each."""
 
 Moment = Literal["load", "body", "head", "backward", "optimizer", "save"]
 _Numbers = dict[tuple[object, object], float]
@@ -100,7 +95,6 @@ class Estimator:
     def __init__(self, config: PretrainedConfig, trust_remote_code: bool = False, kept: TraceCache | None = None):
         self.config, self.trust, self.kept = config, trust_remote_code, kept
         self._traces: dict[object, Trace] = {}
-        self._of_rows: dict[object, tuple[_Numbers, _Numbers]] = {}
         self._depths: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     def estimate(self, plan: Plan, jobs: Sequence[Work], runtime: Runtime) -> Estimate:
@@ -137,31 +131,10 @@ class Estimator:
         return self._traces[key]
 
     def _traced(self, plan: Plan, job: Work) -> Trace:
-        """The trace of a step of the whole model, from traces of a few blocks and rows."""
+        """The trace of a step of the whole model, from traces of a few blocks."""
         depth, low, high = self._blocks(plan)
-        # A head that trains makes logits of all rows of a piece at once: that takes few operators, and no line goes through it.
-        whole = job.scored <= 4 * FEW_ROWS or not METHODS[type(job.config.method)].routable
-        n, head_rows = (job.scored, plan.head_rows) if whole else (2 * FEW_ROWS, FEW_ROWS)
-        few = self._at(plan, job, low, n, head_rows)
-        found = few if high == low else _line(few, self._at(plan, job, high, n, head_rows), (depth - low) / (high - low))
-        if whole:
-            return _trace(found)
-        a_piece, a_height = self._rows(plan, job)
-        rows = _rows_at_once(job.scored, plan.head_rows)
-        more = _times((job.scored - n) / FEW_ROWS, a_piece)
-        return _trace(_plus(found, more, _times((rows - FEW_ROWS) / FEW_ROWS, a_height)))
-
-    def _rows(self, plan: Plan, job: Work) -> tuple[_Numbers, _Numbers]:
-        """What `FEW_ROWS` more scored rows add, with as many at once, and with so many more at once."""
-        key = (plan.device, plan.compute, job.config.method, job.config.objective, job.lengths)
-        if key not in self._of_rows:
-            low = self._blocks(plan)[1]
-            kept = replace(plan, recompute="none", offload="none")
-            few = self._at(kept, job, low, 2 * FEW_ROWS, FEW_ROWS)
-            a_piece = _minus(self._at(kept, job, low, 3 * FEW_ROWS, FEW_ROWS), few)
-            taller = self._at(kept, job, low, 4 * FEW_ROWS, 2 * FEW_ROWS)
-            self._of_rows[key] = a_piece, _minus(_minus(taller, few), _times(2, a_piece))
-        return self._of_rows[key]
+        few = self._at(plan, job, low)
+        return _trace(few if high == low else _line(few, self._at(plan, job, high), (depth - low) / (high - low)))
 
     def _blocks(self, plan: Plan) -> tuple[int, int, int]:
         """How many the model has, and two numbers of them to look at."""
@@ -171,10 +144,10 @@ class Estimator:
             self._depths[key] = (len(blocks_of(model)), *_depths(model))
         return self._depths[key]
 
-    def _at(self, plan: Plan, job: Work, blocks: int, scored: int, head_rows: int) -> _Numbers:
+    def _at(self, plan: Plan, job: Work, blocks: int) -> _Numbers:
         model = hollow_model(self.config, plan, self.trust, blocks)
         base = hollow_base(model, plan, self.config.model_type)
-        return _numbers(trace_step(base, [(job.config, _chunk(job, scored))], replace(plan, head_rows=head_rows)))
+        return _numbers(trace_step(base, [(job.config, _chunk(job))], plan))
 
 
 def _as_traced(plan: Plan) -> Plan:
@@ -219,16 +192,11 @@ def _whole(count: float) -> int:
     return round(count)
 
 
-def _chunk(job: Work, scored: int) -> Chunk:
-    """One of the same lengths, of which the first so many tokens are scored."""
+def _chunk(job: Work) -> Chunk:
+    """One of the same lengths, of which as many tokens are scored, the first ones."""
     tokens = torch.zeros(sum(job.lengths), dtype=torch.long)
-    rows = torch.arange(scored)
-    return Chunk(job.config.name, 0, 0, 0, tokens, job.lengths, rows, torch.zeros_like(rows), torch.ones(scored))
-
-
-def _rows_at_once(scored: int, most: int) -> int:
-    """As a frozen head cuts them: about equal pieces."""
-    return -(-scored // max(1, -(-scored // most)))
+    rows = torch.arange(job.scored)
+    return Chunk(job.config.name, 0, 0, 0, tokens, job.lengths, rows, torch.zeros_like(rows), torch.ones(job.scored))
 
 
 def _depths(model: PreTrainedModel) -> tuple[int, int]:
@@ -274,15 +242,3 @@ def _trace(numbers: _Numbers) -> Trace:
 
 def _line(at_zero: _Numbers, at_one: _Numbers, x: float) -> _Numbers:
     return {k: at_zero.get(k, 0.0) + x * (at_one.get(k, 0.0) - at_zero.get(k, 0.0)) for k in at_zero | at_one}
-
-
-def _plus(*terms: _Numbers) -> _Numbers:
-    return {k: sum(term.get(k, 0.0) for term in terms) for k in {k for term in terms for k in term}}
-
-
-def _times(x: float, a: _Numbers) -> _Numbers:
-    return {k: x * v for k, v in a.items()}
-
-
-def _minus(a: _Numbers, b: _Numbers) -> _Numbers:
-    return {k: a.get(k, 0.0) - b.get(k, 0.0) for k in a | b}

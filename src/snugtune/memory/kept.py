@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-import snugtune
 from snugtune.errors import StorageError
 from snugtune.files import code_of, forget_unused, make_folder, still_used, write_whole
 from snugtune.memory.trace import Trace
@@ -18,7 +17,7 @@ from snugtune.memory.trace import Trace
 @functools.cache
 def _our_tools() -> tuple[str, ...]:
     """The code that is traced, which stays as it is while this process lives."""
-    return code_of(Path(snugtune.__file__).parent), version("torch"), version("transformers")
+    return code_of(Path(__file__).parents[1]), version("torch"), version("transformers")
 
 
 class TraceCache:
@@ -57,4 +56,5 @@ def _plain(trace: Trace) -> dict[str, Any]:
 
 
 def _read(plain: dict[str, Any]) -> Trace:
-    return Trace(**plain | {"matrices": {tuple(shape): count for shape, count in plain["matrices"]}})
+    matrices: Any = {tuple(shape): count for shape, count in plain["matrices"]}
+    return Trace(**{**plain, "matrices": matrices})

@@ -6,11 +6,13 @@ of the code changes the count with it.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,6 +50,31 @@ class Trace:
     tied: float  # bytes of gradients that come in two parts: of what is in the body and the head
 
 
+def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, *_: object) -> int:
+    """Bytes that `mha_varlen_bwd` has besides its results (flash_attn/flash_api.cpp), q [T, H, d], k and v [T, K, d].
+
+    Gradients of queries in fp32 and a sum for each of them, rows rounded up for each sequence; where K < H those of keys and
+    values for all heads.
+    """
+    tokens, heads, width = q.shape
+    rows = tokens + 128 * (len(borders) - 1)
+    rounded = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
+    expanded = 2 * tokens * heads * width * q.element_size() if k.shape[1] < heads else 0
+    return 4 * rows * heads * (rounded + 1) + expanded
+
+
+def _shifted(z: Tensor, *_: object) -> int:
+    """Bytes of logsumexp's own copy of what it is given (ReduceOps.cpp)."""
+    return z.nbytes
+
+
+WITHIN: Mapping[object, Callable[..., int]] = {
+    torch.ops.aten.logsumexp.default: _shifted,
+    torch.ops.torch_attn._varlen_attn_backward.default: _flash_backward,
+}
+"""What operators hold while they run, where that is as large as what they are given: no tensor shows it."""
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages that operators make while it is entered, but those of `known` tensors."""
 
@@ -71,6 +98,8 @@ class Ledger(TorchDispatchMode):
         for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
+        if func in WITHIN:
+            self._reached(WITHIN[func](*args))
         return made
 
     def _count(self, tensor: Tensor) -> None:
@@ -81,9 +110,13 @@ class Ledger(TorchDispatchMode):
         self._seen.add(key)
         weakref.finalize(storage, self._freed, key, self.phase, storage.nbytes())
         self.live[self.phase] += storage.nbytes()
+        self._reached()
+
+    def _reached(self, within: int = 0) -> None:
+        """Note what is alive, with so many bytes that an operator has beside it while it runs."""
         peak = self.peaks.get(self.phase)
-        if peak is None or self.live.total() > sum(peak.values()):
-            self.peaks[self.phase] = dict(self.live)
+        if peak is None or self.live.total() + within > sum(peak.values()):
+            self.peaks[self.phase] = {**self.live, self.phase: self.live[self.phase] + within}
 
     def _freed(self, key: int, phase: Phase, size: int) -> None:
         self._seen.discard(key)

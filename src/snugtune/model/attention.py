@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snugtune.model.kernels import Setting, takes_flash
+from snugtune.model.pieces import starts
 from snugtune.types import MIN_ROWS
 
 NAME = "snugtune_varlen"
+FLASH = "snugtune_varlen_cuda"
+"""The same on a device where flash attention runs, to trace it elsewhere: on tensors without values."""
 
 BLOCK = 128
 """Queries of a sequence that attend at a time. On CPU blocks of 64 and 256 take longer, and so does torch's fused attention."""
@@ -49,6 +52,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    has_flash: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each sequence of a packed row with itself.
@@ -56,8 +60,8 @@ def varlen_attention(
     query [1, H, T, d], key and value [1, K, T, d]; returns ([1, T, H, d], None) as the interface asks. `sliding_window`
     counts the keys a query sees, itself included; `cu_seq_lens_k` are the same borders as plain numbers (reading them waits for
     no device, and they are known where tensors have no values); `softcap` is Gemma 2's tanh cap on scores; `s_aux` [H] are
-    GPT-OSS's sink logits. Raises `ValueError` on any keyword it does not know and that is not None: ignoring one is silently
-    wrong.
+    GPT-OSS's sink logits; `has_flash`: whether flash attention runs here, where the tensors do not tell. Raises `ValueError` on
+    any keyword it does not know and that is not None: ignoring one is silently wrong.
     """
     strangers = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
     if strangers:
@@ -67,7 +71,7 @@ def varlen_attention(
     if cu_seq_lens_q is None:
         raise ValueError("the model does not pass the sequence borders on to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if _has_flash(query) and softcap is None and s_aux is None and not dropout:
+    if (_has_flash(query) if has_flash is None else has_flash) and softcap is None and s_aux is None and not dropout:
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
     borders = cu_seq_lens_q.tolist() if cu_seq_lens_k is None else cu_seq_lens_k
     how = _How(scale, sliding_window, softcap)
@@ -138,13 +142,9 @@ def _rows(how: _How, q: Tensor) -> int:
 
 
 def _blocks(how: _How, q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(queries, the keys that they may look at): keys after the last query of a block need not be looked at.
-
-    Where tensors have no values, those of the last two: what a block takes is none of the next one's, and these are the largest.
-    """
+    """(queries, the keys that they may look at): keys after the last query of a block need not be looked at."""
     length, most = q.shape[1], _rows(how, q)
-    starts = range(0, length, most)
-    for start in starts[-2:] if q.is_meta else starts:
+    for start in starts(length, most, q):
         rows = slice(start, min(start + most, length))
         yield rows, how.keys(rows)
 

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ Found = tuple[PreTrainedTokenizerBase, list[str]]
 """A tokenizer, and what there is to say of it."""
 
 AttentionInterface.register(attention.NAME, attention.varlen_attention)
+AttentionInterface.register(attention.FLASH, partial(attention.varlen_attention, has_flash=True))
 
 # The projections that PEFT takes for those of an MoE's fused experts, wherever they stand.
 _EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snugtune.model.pieces import starts
+
 Parts = Mapping[str, Tensor]
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """The parts that a weight will have: dtype and shape of each."""
@@ -115,7 +117,7 @@ class Int8(_Decoded):
         q, scale = parts["int8"], parts["scale"] / 127
         weight = torch.empty(shape, dtype=dtype, device=q.device)
         rows = max(1, PIECE // shape[1])
-        for start in range(0, shape[0], rows):  # the product is fp32, and as large as the piece
+        for start in starts(shape[0], rows, q):  # the product is fp32, and as large as the piece
             part = slice(start, start + rows)
             weight[part] = q[part] * scale[part, None]
         return weight
@@ -177,7 +179,7 @@ def _int8_product(x: Tensor, q: Tensor, before: Tensor | None, after: Tensor | N
     """
     y = x.new_empty(len(x), q.shape[1])
     count = max(1, _INT8_PIECE // max(q.shape))
-    for start in range(0, len(x), count):
+    for start in starts(len(x), count, x):
         part = slice(start, start + count)
         near, scale = _rows_in_int8(x[part] if before is None else x[part] * before)
         sums = _int_mm(near, q) * (scale[:, None] / 127)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from snugtune.model.frozen import FrozenLinear
+from snugtune.model.pieces import starts
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.types import HEAD_ROWS, MIN_ROWS, Segment
 
@@ -140,7 +141,7 @@ class _FrozenNll(torch.autograd.Function):
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         pieces = -(-len(h) // head.rows_at_once)
         rows = -(-len(h) // max(1, pieces))  # about equal: a few rows take nearly as long as many
-        for start in range(0, len(h), max(1, rows)):
+        for start in starts(len(h), rows, h):
             part = slice(start, start + rows)
             raw = layer.matmul(_at_least_min(h[part]))
             for few in _few(raw, head.cached):
@@ -162,7 +163,7 @@ class _FrozenNll(torch.autograd.Function):
 def _few(raw: Tensor, cached: bool) -> Iterator[slice]:
     """Rows whose logits in fp32 stay in the processor's cache: passing over them again and again costs little there."""
     count = max(2, _CACHED // raw.shape[1]) if cached else len(raw)
-    return (slice(start, start + count) for start in range(0, len(raw), count))
+    return (slice(start, start + count) for start in starts(len(raw), count, raw))
 
 
 def _nll(raw: Tensor, targets: Tensor, weights: Tensor, shape: Logits, smoothing: float, backward: bool) -> Tensor:

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from snugtune.errors import InputError
-from snugtune.model import proofs
+from snugtune.model import attention, proofs
 from snugtune.model.base import Base, find_body
 from snugtune.model.frozen import FrozenLinear
+from snugtune.model.kernels import Setting, takes_flash
 from snugtune.model.load import DTYPES, format_of, silence_dropouts
 from snugtune.model.offload import blocks_of
 from snugtune.model.quantize import kept_in_fp32, narrowable
 from snugtune.types import NARROW, Plan
+
+_AMPERE = (8, 0)
+"""The compute capability that is taken for granted where a GPU is planned for: of those that still train language models, the
+older ones (Turing, Volta) go without flash attention, and need more than is said."""
 
 
 def hollow_model(
@@ -82,4 +87,6 @@ def hollow_base(model: PreTrainedModel, plan: Plan, name: str) -> Base:
     """A `Base` of `hollow_model`'s. It has no tokenizer."""
     base = Base(model, cast(Any, None), name, identity="hollow", proved=proofs.presume(model, find_body(model)))
     base.head.cached = plan.device == "cpu"
+    if base.packable and takes_flash(Setting(plan.device, DTYPES[plan.compute], _AMPERE)):
+        model.set_attn_implementation(attention.FLASH)
     return base
