@@ -4,13 +4,15 @@ One difference is left, and allowed for: a chunk's own tensors (targets, weights
 already where the base does, and are counted there when a step first looks at them. They have 12 bytes a scored row.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import NoWatch, tiny_config, tiny_model, tiny_tokenizer
@@ -18,7 +20,8 @@ from quantised import loaded, plan_of, saved
 from snugtune.config import JobConfig
 from snugtune.memory.budget import resident
 from snugtune.memory.estimate import Estimator, Runtime, Work
-from snugtune.memory.trace import Held, Ledger, Trace, trace_step
+from snugtune.memory.trace import WITHIN, Held, Ledger, Trace, trace_step
+from snugtune.model import formats
 from snugtune.model.attention import forget_masks
 from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.load import load_config
@@ -139,6 +142,67 @@ def test_masters_are_counted_beside_weights_in_bf16(tmp_path: Path) -> None:
 def test_with_every_knob(tmp_path: Path, arch: str, how: dict[str, Any], method: dict[str, Any]) -> None:
     chunk, overrides = chunk_of((40, 30, 20), 80), {"num_hidden_layers": 4}
     assert_equal(*both(tmp_path, arch, method, chunk=chunk, overrides=overrides, **how), chunk)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("fp32", LORA), ("fp32", FULL), ("int8", LORA)])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_what_is_done_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, kind: str, method: dict[str, Any]
+) -> None:
+    """Where nothing has values three pieces of queries, rows of logits and rows of weights stand for all of them."""
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    chunk = chunk_of((700, 260), 500)
+    how: dict[str, Any] = {"chunk": chunk, "overrides": {"max_position_embeddings": 1024}, "head_rows": 64}
+    assert_equal(*both(tmp_path, arch, method, kind, **how), chunk)
+
+
+def traced_for_cuda(compute: Literal["bf16", "fp32"], lengths: Sequence[int] = (2048, 2048)) -> tuple[Trace, Counter[str]]:
+    """A step of a base whose attention is nearly all there is, and how often each operator ran in it."""
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    config = tiny_config("llama", **sizes, intermediate_size=8, max_position_embeddings=4096)
+    plan = plan_of(compute, compute, device="cuda")
+    with Counting() as ran:
+        trace = trace_step(hollow_base(hollow_model(config, plan), plan, "tiny"), [(job_of(LORA), chunk_of(lengths, 2))], plan)
+    return trace, ran.counts
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_for_cuda_attention_is_flash_attention() -> None:
+    """In 16 bits. Its backward takes what no tensor shows: see flash_api.cpp."""
+    trace, ran = traced_for_cuda("bf16")
+    assert ran["torch_attn._varlen_attn.default"] == ran["torch_attn._varlen_attn_backward.default"] == 2
+    assert ran["aten._softmax.default"] == 0
+    tokens, heads, width = 4096, 8, 64
+    accumulated = 4 * (tokens + 2 * 128) * heads * width  # the queries' gradient in fp32
+    expanded = 2 * 2 * tokens * heads * width  # keys' and values', for each head
+    assert trace.peaks["backward"]["backward"] > accumulated + expanded
+    wide, ran = traced_for_cuda("fp32", (64, 64))
+    assert ran["torch_attn._varlen_attn.default"] == 0 and ran["aten._softmax.default"] > 0
+
+
+def test_what_flash_attention_takes_for_llama_8b() -> None:
+    """By hand: 16,384 bytes a token accumulated, 128 of sums, 16,384 expanded."""
+    q, k = (torch.empty(4096, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    within = WITHIN[torch.ops.torch_attn._varlen_attn_backward.default]
+    taken = within(q, q, k, k, q, q, torch.tensor([0, 4096]))
+    assert taken == 4096 * (16_384 + 128 + 16_384) + 128 * (16_384 + 128)
+    assert within(q, q, q, q, q, q, torch.tensor([0, 4096])) == taken - 4096 * 16_384
+
+
+def test_a_logsumexp_has_a_copy_while_it_runs() -> None:
+    z = torch.randn(50, 1000)
+    with Ledger([z]) as ledger:
+        z.logsumexp(dim=-1)
+    assert ledger.peaks["body"]["body"] == z.nbytes + 50 * 4
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])

@@ -190,6 +190,7 @@ class _Attention(torch.autograd.Function):
             part = _grouped(q[:, rows] * how.scale, len(k))
             probs, _ = _probs(part, k[:, keys], sinks, how, how.hidden(rows, keys, q.device))
             out[:, rows] = (probs[..., : keys.stop - keys.start] @ v[:, keys]).view(len(q), -1, v.shape[-1])
+            del probs  # before the next block's
         ctx.save_for_backward(q, k, v, sinks)
         ctx.how = how
         return out
