@@ -58,29 +58,29 @@ def of_all_blocks(config: Any, plan: Plan, work: Work) -> Trace:
 LAYERS = {
     "llama": {"num_hidden_layers": 6},
     "gemma3": {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
-    "gemma2": {"num_hidden_layers": 7},
+    "gemma2": {"num_hidden_layers": 9},
 }
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=lambda m: m["type"])
 @pytest.mark.parametrize(("lengths", "scored"), [((150,), 149), ((60,) * 5, 290)], ids=["1", "5"])
 @pytest.mark.parametrize("arch", LAYERS)
-def test_few_blocks_and_rows_tell_of_all(arch: str, lengths: tuple[int, ...], scored: int, method: dict[str, Any]) -> None:
+def test_few_blocks_tell_of_all(arch: str, lengths: tuple[int, ...], scored: int, method: dict[str, Any]) -> None:
     config, work = tiny_config(arch, **LAYERS[arch]), Work(job_of(method), lengths, scored)
-    hows: tuple[dict[str, Any], ...] = ({"head_rows": 64}, {"head_rows": 256, "recompute": "blocks"})
+    hows: tuple[dict[str, Any], ...] = ({"head_rows": 64}, {"head_rows": 256, "recompute": "blocks"}, {"recompute": 2})
     for how in hows:
         plan = plan_of("fp32", **how)
         estimate = Estimator(config).estimate(plan, [work], NOTHING)
         trace = of_all_blocks(config, plan, work)
         peak = max(sum(held.values()) for held in trace.peaks.values())
         whole = trace.weights + trace.trained + 3 * trace.gradients + peak  # AdamW's state is two gradients
-        assert estimate.total == pytest.approx(whole, rel=5e-3, abs=64 << 10), how
+        assert estimate.total == pytest.approx(whole, rel=2e-3, abs=16 << 10), how
         assert (estimate.weights, estimate.adapters) == (trace.weights, trace.trained)
         assert (estimate.gradients, estimate.optimizer) == (trace.gradients, 2 * trace.gradients)
 
 
-def depths_of(arch: str, **overrides: Any) -> tuple[int, int]:
-    return _depths(hollow_model(tiny_config(arch, **overrides), plan_of("fp32")))
+def depths_of(arch: str, every: int = 1, **overrides: Any) -> tuple[int, int]:
+    return _depths(hollow_model(tiny_config(arch, **overrides), plan_of("fp32")), every)
 
 
 def sliding(count: int) -> dict[str, Any]:
@@ -94,6 +94,9 @@ def sliding(count: int) -> dict[str, Any]:
     [
         ("llama", {"num_hidden_layers": 6}, (2, 3)),  # the first alone needs less: nothing goes back beyond it
         ("llama", {"num_hidden_layers": 2}, (2, 2)),  # as few as would be traced
+        ("llama", {"num_hidden_layers": 30, "every": 2}, (2, 4)),
+        ("llama", {"num_hidden_layers": 31, "every": 3}, (4, 7)),
+        ("gemma2", {"num_hidden_layers": 18, "every": 3}, (6, 12)),
         ("gemma2", {"num_hidden_layers": 8}, (2, 4)),
         ("gemma3", sliding(18), (6, 12)),
         ("gemma3", sliding(26), (8, 14)),  # two left over at the end: they come first

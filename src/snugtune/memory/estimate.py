@@ -138,10 +138,11 @@ class Estimator:
 
     def _blocks(self, plan: Plan) -> tuple[int, int, int]:
         """How many the model has, and two numbers of them to look at."""
-        key = (plan.weights, plan.compute, plan.double_quant)
+        every = plan.recompute if isinstance(plan.recompute, int) else 1  # of so many blocks one is recomputed
+        key = (plan.weights, plan.compute, plan.double_quant, every)
         if key not in self._depths:
             model = hollow_model(self.config, plan, self.trust)
-            self._depths[key] = (len(blocks_of(model)), *_depths(model))
+            self._depths[key] = (len(blocks_of(model)), *_depths(model, every))
         return self._depths[key]
 
     def _at(self, plan: Plan, job: Work, blocks: int) -> _Numbers:
@@ -199,13 +200,13 @@ def _chunk(job: Work) -> Chunk:
     return Chunk(job.config.name, 0, 0, 0, tokens, job.lengths, rows, torch.zeros_like(rows), torch.ones(job.scored))
 
 
-def _depths(model: PreTrainedModel) -> tuple[int, int]:
+def _depths(model: PreTrainedModel, every: int = 1) -> tuple[int, int]:
     """Two numbers of blocks, so that from one to the other each kind comes as often as in the whole model.
 
-    Where kinds do not come again in turns, that is all of them, twice.
+    The first of each `every` blocks is a kind of its own, as it is recomputed. Where kinds do not come again in turns, that is all of them, twice.
     """
     modules = dict(model.named_modules())
-    kinds = [_kind(modules[name]) for name in blocks_of(model)]
+    kinds = [(_kind(modules[name]), at % every == 0) for at, name in enumerate(blocks_of(model))]
     for period in range(1, len(kinds)):
         for start in range(max(0, 2 - period), len(kinds) - 2 * period + 1):  # the first alone needs less: its input is given
             whole = (len(kinds) - start) % period == 0
