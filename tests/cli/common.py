@@ -175,8 +175,9 @@ def files_below(folder: Path) -> set[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below `folder`: to see that a command changed nothing. Whole shards of tokens are a cache's to keep."""
-    kept = [p for p in sorted(folder.rglob("*")) if p.name != "tokens" and not p.match("tokens/*.safetensors")]
+    """Everything below `folder`: to see that a command changed nothing. Whole shards of tokens, and traces, are a cache's."""
+    caches = ("tokens/*.safetensors", "traces/*.json")
+    kept = [p for p in sorted(folder.rglob("*")) if p.name not in ("tokens", "traces") and not any(map(p.match, caches))]
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in kept}
 
 

@@ -43,6 +43,10 @@ def job_of(method: dict[str, Any], name: str = "a", **more: Any) -> JobConfig:
     return JobConfig.model_validate({"name": name, "data": "x.jsonl", "method": method, **more})
 
 
+STATES = [(fields, "fp32") for fields in OPTIMIZERS]
+STATES += [(fields, "8bit") for fields in OPTIMIZERS if job_of(LORA, optimizer=fields).optimizer.obstacle() is None]
+
+
 def chunk_of(lengths: Sequence[int], scored: int, job: str = "a") -> Chunk:
     rows = torch.arange(scored)
     tokens = torch.arange(sum(lengths)) % 300
@@ -77,6 +81,23 @@ def test_few_blocks_tell_of_all(arch: str, lengths: tuple[int, ...], scored: int
         assert estimate.total == pytest.approx(whole, rel=2e-3, abs=16 << 10), how
         assert (estimate.weights, estimate.adapters) == (trace.weights, trace.trained)
         assert (estimate.gradients, estimate.optimizer) == (trace.gradients, 2 * trace.gradients)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "freeze", "last_blocks": 4},
+        {"type": "freeze", "names": ["model.layers.5.*"]},
+        {"type": "rotate", "blocks": 3},
+        {"type": "lora", "target_modules": r"model\.layers\.[35]\..*_proj"},
+        {"type": "lora", "target_modules": ["layers.5.self_attn.q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_methods_that_tell_blocks_apart_are_traced_on_all(method: dict[str, Any]) -> None:
+    config, work, plan = tiny_config("llama", num_hidden_layers=6), Work(job_of(method), (60,), 50), plan_of("fp32")
+    estimate, trace = Estimator(config).estimate(plan, [work], NOTHING), of_all_blocks(config, plan, work)
+    assert (estimate.adapters, estimate.gradients) == (trace.trained, trace.gradients) and trace.gradients > 0
 
 
 def depths_of(arch: str, every: int = 1, **overrides: Any) -> tuple[int, int]:
@@ -116,13 +137,10 @@ def test_dense_blocks_before_experts_are_counted_as_what_they_are() -> None:
     assert Estimator(config).estimate(plan, [work], NOTHING).weights == of_all_blocks(config, plan, work).weights
 
 
-@pytest.mark.parametrize("kept", ["fp32", "8bit"])
 @pytest.mark.parametrize("shape", [(5000,), (50,), (64, 96), (12, 40), (96, 64), (5, 64), (3, 40, 48)], ids=str)
-@pytest.mark.parametrize("fields", OPTIMIZERS, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize(("fields", "kept"), STATES, ids=str)
 def test_what_an_optimizer_remembers_of_a_weight(fields: dict[str, Any], shape: tuple[int, ...], kept: Any) -> None:
     config = job_of(LORA, optimizer=fields).optimizer
-    if kept == "8bit" and config.obstacle() is not None:
-        pytest.skip(f"{config.type} has no state in 8 bits")
     weight = nn.Parameter(torch.zeros(shape))
     weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     optimizer = config.build([weight], kept)
@@ -136,15 +154,12 @@ def test_every_optimizer_is_held_against_its_state() -> None:
     assert {f["type"] for f in OPTIMIZERS} == {kind().type for kind in kinds}
 
 
-@pytest.mark.parametrize("kept", ["fp32", "8bit"])
 @pytest.mark.parametrize("method", [LORA, FULL], ids=lambda m: m["type"])
-@pytest.mark.parametrize("fields", OPTIMIZERS, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize(("fields", "kept"), STATES, ids=str)
 def test_state_is_what_a_real_job_keeps_after_a_step(
     tmp_path: Path, fields: dict[str, Any], method: dict[str, Any], kept: Any
 ) -> None:
     job_config = job_of(method, optimizer=fields)
-    if kept == "8bit" and job_config.optimizer.obstacle() is not None:
-        pytest.skip(f"{job_config.optimizer.type} has no state in 8 bits")
     folder, plan = saved(tmp_path / "tiny", num_hidden_layers=4), plan_of("fp32", optimizer_state=kept)
     base = loaded(folder, "fp32", optimizer_state=kept)
     job = new_job(base, job_config, JobData(()), plan)

@@ -185,7 +185,7 @@ def test_for_cuda_attention_is_flash_attention() -> None:
     accumulated = 4 * (tokens + 2 * 128) * heads * width  # the queries' gradient in fp32
     expanded = 2 * 2 * tokens * heads * width  # keys' and values', for each head
     assert trace.peaks["backward"]["backward"] > accumulated + expanded
-    wide, ran = traced_for_cuda("fp32", (64, 64))
+    _, ran = traced_for_cuda("fp32", (64, 64))
     assert ran["torch_attn._varlen_attn.default"] == 0 and ran["aten._softmax.default"] > 0
 
 

@@ -16,6 +16,7 @@ from snugtune.config import JobConfig
 from snugtune.errors import InputError
 from snugtune.memory.kept import TraceCache
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
+from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.offload import blocks_of
 from snugtune.types import Chunk, Plan
@@ -133,6 +134,8 @@ class Estimator:
     def _traced(self, plan: Plan, job: Work) -> Trace:
         """The trace of a step of the whole model, from traces of a few blocks."""
         depth, low, high = self._blocks(plan)
+        if not METHODS[type(job.config.method)].even(job.config.method):
+            low = high = depth
         few = self._at(plan, job, low)
         return _trace(few if high == low else _line(few, self._at(plan, job, high), (depth - low) / (high - low)))
 
@@ -203,7 +206,8 @@ def _chunk(job: Work) -> Chunk:
 def _depths(model: PreTrainedModel, every: int = 1) -> tuple[int, int]:
     """Two numbers of blocks, so that from one to the other each kind comes as often as in the whole model.
 
-    The first of each `every` blocks is a kind of its own, as it is recomputed. Where kinds do not come again in turns, that is all of them, twice.
+    The first of each `every` blocks is a kind of its own, as it is recomputed. Where kinds do not come again in turns, that is
+    all of them, twice.
     """
     modules = dict(model.named_modules())
     kinds = [(_kind(modules[name]), at % every == 0) for at, name in enumerate(blocks_of(model))]

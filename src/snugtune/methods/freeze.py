@@ -43,6 +43,9 @@ class Freeze:
     def numbers(self, base: Base, config: FreezeConfig) -> int:
         return sum(base.model.get_parameter(name).numel() for name in trainable(base, config))
 
+    def even(self, config: FreezeConfig) -> bool:
+        return False
+
     def attach(self, base: Base, job: str, config: FreezeConfig, seed: int) -> FullAttached:
         return FullAttached(base, job, trainable(base, config))
 

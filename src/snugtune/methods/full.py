@@ -207,5 +207,8 @@ class Full:
     def numbers(self, base: Base, config: FullConfig) -> int:
         return base.model.num_parameters()
 
+    def even(self, config: FullConfig) -> bool:
+        return True
+
     def attach(self, base: Base, job: str, config: FullConfig, seed: int) -> FullAttached:
         return FullAttached(base, job)

@@ -186,6 +186,11 @@ class Lora:
     def numbers(self, base: Base, config: LoraConfig) -> int:
         return _numbers(base, _select(base, config.target_modules), config.r)
 
+    def even(self, config: LoraConfig) -> bool:
+        targets = config.target_modules
+        named = targets if isinstance(targets, str) else " ".join(targets)
+        return not re.search(r"[0-9]|\\d", named)  # a block is meant by its number
+
     def attach(self, base: Base, job: str, config: LoraConfig, seed: int) -> LoraAttached:
         """Fresh factors; equal to those of `get_peft_model` after `torch.manual_seed(seed)` on an fp32 base."""
         names = _select(base, config.target_modules)

@@ -68,6 +68,10 @@ class Method(Protocol):
         """How many numbers would train."""
         ...
 
+    def even(self, config: Any) -> bool:
+        """Whether it does the same to every block of a base: a few of them, then, tell what it does to all."""
+        ...
+
     def attach(self, base: Base, job: str, config: Any, seed: int) -> Attached:
         """Start tuning `base` for `job`; initial values are a pure function of `seed`."""
         ...

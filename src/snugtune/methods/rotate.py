@@ -77,6 +77,9 @@ class Rotate:
         sizes = sorted((sum(base.model.get_parameter(name).numel() for name in names) for names in blocks), reverse=True)
         return sum(sizes[: config.blocks]) + sum(base.model.get_parameter(name).numel() for name in ends)
 
+    def even(self, config: RotateConfig) -> bool:
+        return False
+
     def attach(self, base: Base, job: str, config: RotateConfig, seed: int) -> RotateAttached:
         return RotateAttached(base, job, config, seed)
 

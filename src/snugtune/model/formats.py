@@ -244,23 +244,34 @@ class Bits4(_Decoded):
         return parts | {"absmax": q, "nested_absmax": scales, "nested_code": code, "offset": offset.view(1)}
 
     def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        _operators()
-        ops, absmax = torch.ops.bitsandbytes, parts["absmax"]
+        absmax = parts["absmax"]
         if self.double:
-            nested = (absmax, parts["nested_absmax"], parts["nested_code"], self.nested_block, torch.float32)
-            absmax = ops.dequantize_blockwise.default(*nested) + parts["offset"]
+            nested = _dequantize_blockwise(absmax, parts["nested_absmax"], parts["nested_code"], self.nested_block)
+            absmax = nested + parts["offset"]
         count, packed = shape[0] * shape[1], parts["packed"]
         # On CPU the operator takes wrong scales where blocks cross rows (bitsandbytes 0.50.2): rows of whole blocks, then.
         width = shape[1] if shape[1] % self.block == 0 else self.block
         rows, rest = divmod(count, width)
         how = (self.block, self.kind)
-        made = ops.dequantize_4bit.default(
-            packed[: rows * width // 2], absmax[: rows * width // self.block], *how, [rows, width], dtype
-        )
+        made = _dequantize_4bit(packed[: rows * width // 2], absmax[: rows * width // self.block], *how, [rows, width], dtype)
         if rest:  # a last block that is not full; of whole bytes, since others would be compiled first
-            end = ops.dequantize_4bit.default(packed[rows * width // 2 :], absmax[-1:], *how, [1, rest + rest % 2], dtype)
+            end = _dequantize_4bit(packed[rows * width // 2 :], absmax[-1:], *how, [1, rest + rest % 2], dtype)
             made = torch.cat((made.view(-1), end.view(-1)[:rest]))
         return made.view(shape)
+
+
+def _dequantize_4bit(packed: Tensor, absmax: Tensor, block: int, kind: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    if packed.is_meta:  # what is only planned imports nothing
+        return torch.empty(shape, dtype=dtype, device="meta")
+    _operators()
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, block, kind, shape, dtype)
+
+
+def _dequantize_blockwise(q: Tensor, absmax: Tensor, code: Tensor, block: int) -> Tensor:
+    if q.is_meta:
+        return torch.empty(q.shape, dtype=torch.float32, device="meta")
+    _operators()
+    return torch.ops.bitsandbytes.dequantize_blockwise.default(q, absmax, code, block, torch.float32)
 
 
 @functools.cache
