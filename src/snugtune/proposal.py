@@ -14,6 +14,7 @@ from snugtune.errors import DoesNotFitError, InputError
 from snugtune.memory.choose import Model, budget_of, estimator_of, question_of
 from snugtune.memory.estimate import Estimate, Estimator, Work
 from snugtune.memory.fit import Candidate, Fitted, Question, fit, gib_up, leanest, quickest
+from snugtune.memory.plan import make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.full import FullConfig
 from snugtune.methods.lora import LoraConfig
@@ -79,14 +80,14 @@ def run_plan(config: RunConfig, with_data: bool, console: Console, as_json: bool
 
 def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
     """Plan a run. `with_data`: by the lengths of its data, else every sequence is taken to be as long as it may be."""
+    device = make_plan(config, elsewhere=True).plan.device
+    budget = budget_of(config, device)
     source = find_model(config.model, console.note)
     model_config = load_config(source, config.trust_remote_code)
     model = Model(source, model_config, stored_width(source, model_config), obstacle_to_sharing(model_config))
     data = _data(config, source, console) if with_data else None
     estimator = estimator_of(model, config.trust_remote_code)
     question = question_of(config, model, data, estimator, elsewhere=True)
-    device = question.make(config.plan).plan.device
-    budget = budget_of(config, device)
     fitted, refusal = _fitted(question, budget)
     least = leanest(question)
     shown = least if fitted is None else fitted.chosen
