@@ -18,7 +18,10 @@ from snugtune.memory.estimate import Estimate, Estimator, Work
 from snugtune.memory.fit import Fitted, Question, fit
 from snugtune.memory.kept import TraceCache
 from snugtune.memory.plan import Planned, make_plan
+from snugtune.memory.probe import speed_of
 from snugtune.memory.process import runtime
+from snugtune.memory.speed import Size, seconds_a_token
+from snugtune.methods import METHODS
 from snugtune.model.load import DTYPES
 from snugtune.model.source import ModelSource
 from snugtune.training.examples import JobData
@@ -100,7 +103,24 @@ def question_of(
             plan, works, runtime(plan, here, malloc, model.files(), model.is_computed_with_as_it_lies(plan))
         )
 
-    return Question(config.plan, jobs, make, predict, demand, model.stored)
+    def price(plan: Plan) -> float:
+        speed = speed_of(plan.device, plan.compute, plan.threads, _is_here(plan.device))
+        tokens = max(sum(work.lengths) for work in demand(plan))
+        full = any(not METHODS[type(job.method)].routable for job in jobs)
+        return seconds_a_token(plan, speed, Size(estimator.numbers, max(1, tokens), _inputs(model.config, plan), full))
+
+    return Question(config.plan, jobs, make, predict, demand, price, model.stored)
+
+
+def _is_here(device: str) -> bool:
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def _inputs(config: PretrainedConfig, plan: Plan) -> float:
+    """Bytes of a token's states at the beginning of all blocks, where the config has the usual words for that."""
+    text = config.get_text_config()
+    width, depth = (getattr(text, name, 0) for name in ("hidden_size", "num_hidden_layers"))
+    return float(width * depth * DTYPES[plan.compute].itemsize)
 
 
 def _together(works: Sequence[Work], plan: Plan) -> Sequence[Work]:

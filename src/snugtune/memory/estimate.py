@@ -5,6 +5,7 @@ linearly with them, so two depths say what the whole one would hold. What no tra
 allocator leaves unused, is counted by named constants that were measured.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -19,7 +20,7 @@ from snugtune.memory.trace import Held, Phase, Trace, trace_step
 from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.offload import blocks_of
-from snugtune.types import Chunk, Plan
+from snugtune.types import HEAD_ROWS, Chunk, Plan
 
 BUFFERS = 2
 """Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
@@ -114,6 +115,12 @@ class Estimator:
             update=max(s.update for s in steps),
         )
         return max(_moments(whole, runtime), key=lambda e: e.total)
+
+    @functools.cached_property
+    def numbers(self) -> int:
+        """Of the base, in all its weights."""
+        plain = Plan("cpu", "fp32", 1, "none", HEAD_ROWS, 1, "fp32")
+        return sum(parameter.numel() for parameter in hollow_model(self.config, plain, self.trust).parameters())
 
     def _trace(self, plan: Plan, job: Work) -> Trace:
         plain = _as_traced(plan)

@@ -13,7 +13,6 @@ from snugtune.config import JobConfig, PlanConfig
 from snugtune.errors import DoesNotFitError, InputError
 from snugtune.memory.estimate import Estimate, Work
 from snugtune.memory.plan import Planned
-from snugtune.methods import METHODS
 from snugtune.types import NARROW, Plan, Width
 from snugtune.words import gib
 
@@ -29,6 +28,7 @@ SHORTEST = 64
 MakePlan = Callable[[PlanConfig], Planned]
 Predict = Callable[[Plan, Sequence[Work]], Estimate]
 Demand = Callable[[Plan], Sequence[Work]]
+Price = Callable[[Plan], float]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Question:
     make: MakePlan
     predict: Predict
     demand: Demand
+    price: Price  # seconds a token, to order plans by
     stored: Width | None = None  # the format that the checkpoint keeps its weights in
 
 
@@ -129,8 +130,8 @@ def _quickest_first(question: Question, variants: Iterable[PlanConfig]) -> list[
     if not found:
         assert refused is not None
         raise refused
-    full = any(not METHODS[type(job.method)].routable for job in question.jobs)
-    return sorted(found.values(), key=lambda p: _slowness(p.plan, full))
+    plans = list(found.values())
+    return plans if len(plans) == 1 else sorted(plans, key=lambda p: (_rounds(p.plan), question.price(p.plan)))
 
 
 def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
@@ -157,18 +158,9 @@ def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
         yield pins.model_copy(update=chosen)
 
 
-def _slowness(plan: Plan, full: bool) -> float:
-    """How long a step takes, beside one of the plain plan; roughly, as it only decides the order.
-
-    Recompute by FLOPs: without gradients of weights a forward more is half a step, with them a third. The rest is set by hand.
-    What is learned changes by rounding with 8-bit state and narrow weights: they come after all else, in this order.
-    """
-    recompute = 1.0 if plan.recompute == "none" else 4 / 3 if full else 1.5
-    width = {"int8": 1.1, "nf4": 1.25}.get(plan.weights, 1.0)
-    offload = {"none": 1.0, "activations": 1.1, "weights": 1.5}[plan.offload]
-    small = 1 + 0.1 / max(1, plan.micro_batch)
-    rounding = (1.0 if plan.optimizer_state == "fp32" else 1e2) * (1e4 if plan.weights in NARROW else 1.0)
-    return recompute * width * offload * small * rounding
+def _rounds(plan: Plan) -> tuple[bool, bool]:
+    """What changes learning by rounding: narrow weights, and before them state in 8 bits."""
+    return plan.weights in NARROW, plan.optimizer_state != "fp32"
 
 
 def _unasked(planned: Planned) -> Planned:
