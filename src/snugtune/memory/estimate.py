@@ -24,6 +24,14 @@ BUFFERS = 2
 """Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
 
 Moment = Literal["load", "body", "head", "backward", "optimizer", "save"]
+MOMENTS: Mapping[Moment, str] = {
+    "load": "while the weights are read",
+    "body": "in the forward",
+    "head": "while the head scores",
+    "backward": "in the backward",
+    "optimizer": "in the optimizer's step",
+    "save": "while the result is written",
+}
 _Numbers = dict[tuple[object, object], float]
 
 
