@@ -117,7 +117,7 @@ def _notes(plan: Mapping[str, Any], predicted: Mapping[str, float], measured: Ma
     when = dict[Any, str](MOMENTS).get(str(estimate.get("when"))) if isinstance(estimate, Mapping) else None
     if when is not None:
         tokens = f", with forwards of up to {predicted['tokens']:,.0f} tokens" if "tokens" in predicted else ""
-        yield f"The fullest moment was predicted {when}{tokens}."
+        yield f"The fullest moment was predicted {when}{tokens}; of what is not there at that moment it has nothing."
     if measured:
         yield f"What stays from step to step was counted after step {measured.get('step', 0):,.0f} of all jobs."
         yield "The rest is what the measured peak had besides: from outside it cannot be told apart."
