@@ -109,7 +109,7 @@ def test_of_streamed_weights_the_buffers_are_there(tmp_path: Path, kind: str, mo
 
 # --- what it says of what is to come ------------------------------------------------------------------------------------
 
-ESTIMATE = {"weights": 50, "activations": 20, "logits": 5, "transients": 15, "total_bytes": 100, "tokens": 400}
+ESTIMATE = {"weights": 50, "activations": 20, "logits": 5, "transients": 12, "holes": 3, "total_bytes": 100, "tokens": 400}
 
 
 def test_a_forecast_is_on_a_line_and_keeps_the_error() -> None:

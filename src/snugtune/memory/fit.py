@@ -47,7 +47,8 @@ class Candidate:
     def facts(self) -> dict[str, Any]:
         """The estimate, for files. Sizes in bytes."""
         estimate = self.estimate
-        return {**estimate.parts(), "when": estimate.when, "total_bytes": estimate.total, "tokens": self.tokens}
+        told = {"holes": estimate.holes, "when": estimate.when, "total_bytes": estimate.total, "tokens": self.tokens}
+        return {**estimate.parts(), **told}
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,15 @@ class Forecast:
     """What was predicted, as far as it tells of smaller forwards. In bytes; `tokens` of the largest forward."""
 
     total: int
-    comes: int  # of it, what comes and goes with a forward
+    comes: int  # of it, what comes and goes with a forward, and the holes between
     tokens: int
 
     @classmethod
     def of(cls, estimate: object) -> "Forecast | None":
         """From the estimate in `plan.json`; None where it does not say enough."""
         known = estimate if isinstance(estimate, Mapping) else {}
-        total, tokens, *comes = (known.get(k) for k in ("total_bytes", "tokens", "activations", "logits", "transients"))
+        total, tokens = known.get("total_bytes"), known.get("tokens")
+        comes = (known.get(name) for name in ("activations", "logits", "transients", "holes"))
         if not isinstance(total, int) or not isinstance(tokens, int) or tokens < 1:
             return None
         return cls(total, sum(size for size in comes if isinstance(size, int)), tokens)

@@ -10,7 +10,7 @@ from snugtune.report.words import changes_in_words, size
 
 KEPT = {"weights": "weights", "adapters": "adapters, or masters", "gradients": "gradients", "optimizer": "optimizer state"}
 """What stays from step to step, which can be counted -> what it is called."""
-REST = {"activations": "activations", "logits": "logits", "transients": "transients", "runtime": "the process and holes"}
+REST = {"activations": "activations", "logits": "logits", "transients": "transients", "runtime": "the process, what lies unused"}
 """What a prediction tells apart of the rest of the peak."""
 SHOWN = frozenset({"estimate", "measured", "changes"})
 """What of `plan.json` stands here."""
