@@ -69,8 +69,9 @@ FILES = """\
 | file | what it holds |
 |---|---|
 | `config.yaml` | the config, with every default written out |
-| `plan.json` | the knobs that were chosen (`plan`), why (`reasons`), what was changed since for want of memory (`changes`), \
-and `measured_peak_bytes` once the run is finished |
+| `plan.json` | the knobs that were chosen (`plan`), why (`reasons`), what was changed since for want of memory (`changes`); \
+what was predicted (`estimate`) and, from the first step on, counted (`measured`), by category in bytes; \
+`budget_bytes`, `rejected` plans, and `measured_peak_bytes` once the run is finished |
 | `data.json` | of each job: how many examples, tokens and lengths; what was cut or left out, and where |
 | `jobs.json` | of each job: its `status` (waiting, training, finished, stopped early, failed, parked), \
 `step` of `total_steps`, the `reason` where it failed or is parked, and the `traceback` of a bug |

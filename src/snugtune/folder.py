@@ -131,15 +131,17 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{self.plan}: {error}; bring back what the run wrote") from error
 
-    def write_plan(self, planned: Planned, changes: Sequence[Change], peak: int | None, fitted: Fitted | None = None) -> None:
-        """`changes`: of the plan, under way; `peak`: measured, in bytes; None while the run goes on.
+    def write_plan(
+        self, planned: Planned, changes: Sequence[Change], peak: int | None, measured: Any = None, fitted: Fitted | None = None
+    ) -> None:
+        """`changes`: of the plan, under way; `peak`: measured, in bytes; None while the run goes on; `measured`: by category.
 
         What an earlier session knew of how the plan was chosen stays.
         """
         chosen = {k: v for k, v in self.read_plan().items() if k in CHOSEN} if fitted is None else fitted.facts()
         told = [asdict(change) for change in changes]
-        plan = {"plan": asdict(planned.plan), "reasons": planned.reasons, "changes": told, "measured_peak_bytes": peak}
-        content = {**chosen, **plan}
+        plan = {"plan": asdict(planned.plan), "reasons": planned.reasons, "changes": told}
+        content = {**chosen, **plan, "measured": measured, "measured_peak_bytes": peak}
         write_whole(self.plan, json.dumps(content, indent=2) + "\n")
 
 

@@ -1,6 +1,7 @@
 """From a config to a session that can train: data read, plan made, base loaded, jobs started or restored."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,8 +15,10 @@ from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.machine import keep_few_kernels
 from snugtune.memory.budget import Watch, free_memory
-from snugtune.memory.choose import Model, planned_within
+from snugtune.memory.choose import Model, budget_of, planned_within
 from snugtune.memory.estimate import UntraceableError
+from snugtune.memory.fit import Fitted
+from snugtune.memory.measured import Forecast, Meter
 from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
 from snugtune.methods import METHODS
 from snugtune.model.base import Base, Found, load_base
@@ -70,7 +73,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path, observer.note)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
-    session.fitted = fitted
+    session.fitted, session.meter = fitted, _meter(config, watch, fitted, {} if checkpoint is None else folder.read_plan())
     session.data = {name: known.summary() for name, known in data.items()}
     try:
         _start_jobs(session, data, checkpoint, observer)
@@ -87,6 +90,13 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         observer.note(f"resuming after {session.place}")
     stop.saves = True
     return session
+
+
+def _meter(config: RunConfig, watch: Watch, fitted: Fitted | None, before: Mapping[str, Any]) -> Meter:
+    """What measures a run, and knows what was predicted of it; `before`: `plan.json`, where the run began earlier."""
+    known = before if fitted is None else fitted.facts()
+    budget = budget_of(config, watch.device) if fitted is None else fitted.budget
+    return Meter(watch, budget, Forecast.of(known.get("estimate")), before.get("measured"))
 
 
 def _settled(planned: Planned, config: RunConfig, data: Mapping[str, JobData], base: Base, note: Say) -> Planned:

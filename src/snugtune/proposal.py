@@ -12,7 +12,7 @@ from snugtune.config import RunConfig
 from snugtune.console import Console
 from snugtune.errors import DoesNotFitError, InputError
 from snugtune.memory.choose import Model, budget_of, estimator_of, question_of
-from snugtune.memory.estimate import Estimate, Estimator, Work
+from snugtune.memory.estimate import MOMENTS, Estimate, Estimator, Work
 from snugtune.memory.fit import Candidate, Fitted, Question, fit, gib_up, leanest, quickest
 from snugtune.memory.plan import make_plan
 from snugtune.methods import METHODS
@@ -58,11 +58,10 @@ class Proposal:
     rows: tuple[Row, ...]
 
     def as_json(self) -> str:
-        estimate = self.shown.estimate
         told: dict[str, Any] = {"model": self.model, "device": self.device, "fits": self.fitted is not None}
         told |= {"budget_bytes": self.budget, "needs_bytes": self.shown.needs, "refusal": self.refusal}
         told |= {"plan": asdict(self.shown.planned.plan), "reasons": list(self.shown.planned.reasons)}
-        told |= {"estimate": {**estimate.parts(), "when": estimate.when, "total_bytes": estimate.total}}
+        told |= {"estimate": self.shown.facts()}
         told |= {"longest_context": self.longest, "largest_micro_batch": self.most}
         return json.dumps(told | {"comparison": [asdict(row) for row in self.rows]}, indent=2)
 
@@ -139,7 +138,7 @@ def _most(question: Question, shown: Candidate, budget: int) -> int | None:
 
 
 def _needs(question: Question, plan: Plan, works: list[Work]) -> int:
-    return Candidate(question.make(question.pins), question.predict(plan, works)).needs
+    return Candidate(question.make(question.pins), question.predict(plan, works), max(sum(w.lengths) for w in works)).needs
 
 
 def _compared(
@@ -181,7 +180,7 @@ def _show(proposal: Proposal, config: RunConfig, console: Console) -> None:
     for reason in proposal.shown.planned.reasons:
         console.say(f"  {reason}")
     console.say()
-    console.say(f"predicted peak {gib(estimate.total)} ({_MOMENTS[estimate.when]})", style="bold")
+    console.say(f"predicted peak {gib(estimate.total)} ({MOMENTS[estimate.when]})", style="bold")
     console.out.print(_bar(estimate, max(proposal.budget, estimate.total)))
     console.table(_parts(estimate))
     console.say()
@@ -192,16 +191,6 @@ def _show(proposal: Proposal, config: RunConfig, console: Console) -> None:
         console.say(f"largest micro-batch that fits, as planned: {counted(proposal.most, 'sequences')} of {length:,} tokens")
     console.say()
     console.table(_comparison(proposal.rows))
-
-
-_MOMENTS = {
-    "load": "while the weights are read",
-    "body": "in the forward",
-    "head": "while the head scores",
-    "backward": "in the backward",
-    "optimizer": "in the optimizer's step",
-    "save": "while the result is written",
-}
 
 
 def _bar(estimate: Estimate, whole: int) -> Text:

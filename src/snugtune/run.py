@@ -83,14 +83,14 @@ def train(config: RunConfig, observer: Observer | None = None) -> RunResult:
         _warn(session, observer)
         if session.parked or any(job.failure for job in session.ended):
             _fail(session, observer, seconds)
-        folder.write_plan(session.planned, session.trainer.changes, session.trainer.watch.peak(), session.fitted)
+        session.write_plan(finished=True)
         drop_best(folder.checkpoints)
     return _result(folder, jobs, seconds=seconds)
 
 
 def _write_outset(session: Session) -> None:
     """What is known of a run before it trains."""
-    session.folder.write_plan(session.planned, session.trainer.changes, None, session.fitted)
+    session.write_plan()
     write_whole(session.folder.data, json.dumps(session.data, indent=2) + "\n")
 
 
@@ -183,7 +183,7 @@ def _loop(session: Session, logs: Logs, observer: Observer) -> None:
             logs.sync()
             _checkpoint(session, observer)
         if not session.pending:
-            session.pending = trainer.step()
+            session.work()
 
 
 def _checkpoint(session: Session, observer: Observer) -> None:

@@ -13,6 +13,7 @@ from snugtune.config import RunConfig
 from snugtune.errors import SnugtuneError, StorageError
 from snugtune.folder import RunFolder
 from snugtune.memory.fit import Fitted
+from snugtune.memory.measured import Meter
 from snugtune.memory.plan import Planned
 from snugtune.tracking import Tracking
 from snugtune.training.artefact import save_artefact
@@ -40,6 +41,7 @@ class Session:
     planned: Planned
     trainer: Trainer
     fitted: Fitted | None = None  # how the plan was chosen, in a run's first session
+    meter: Meter | None = None  # what the run takes
     ended: list[Ended] = field(default_factory=list)  # finished, or given up
     errors: dict[str, Exception] = field(default_factory=dict)  # what broke jobs in this session
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> what its data is
@@ -52,7 +54,7 @@ class Session:
     told_at: float = 0.0  # when
     told_of: tuple[int, int] = (0, 0)  # how many jobs had ended or were parked then
     telling: float = 0.0  # seconds that it took
-    planned_of: int = 0  # how many changes of the plan plan.json knows
+    planned_of: tuple[int, int] = (0, 0)  # what plan.json knows: how many changes of the plan, and what peak
 
     @property
     def step(self) -> int:
@@ -70,6 +72,28 @@ class Session:
         if len(jobs) == 1:
             return f"step {self.step}"
         return f"step {min(job.step for job in jobs)} to {max(job.step for job in jobs)} of {len(jobs)} jobs"
+
+    def work(self) -> None:
+        """Train until a step is done. Where one took more than there was before, see to what that means."""
+        before = self.trainer.watch.peak()
+        self.pending = self.trainer.step()
+        if self.meter is None or not self.pending:
+            return
+        rose = self.trainer.watch.peak() > before
+        ends = not self.ended and any(m.step == m.total_steps for m in self.pending)  # the first: all have what they will have
+        if ends or self.meter.is_due():
+            self.meter.count(self.trainer.base, self.trainer.jobs.values(), self.step)
+        if rose:
+            self._look_ahead(self.meter)
+
+    def _look_ahead(self, meter: Meter) -> None:
+        """Where larger forwards may come than any so far, and would take more than there is: let them be smaller."""
+        active = [job for job in self.trainer.jobs.values() if job.active]
+        most = {job.name: job.capacity or job.config.max_seq_len for job in active}
+        largest = max(self.trainer.plan.fused_tokens, *most.values(), 0)
+        predicted = largest if meter.forecast is None else min(largest, meter.forecast.tokens)
+        if (cause := meter.short(predicted)) is not None:
+            self.trainer.tighten(cause, [name for name, tokens in most.items() if tokens > meter.watch.largest] or list(most))
 
     def save_is_due(self) -> bool:
         """Whether each job that trains has done, on average, as many steps as lie between two checkpoints.
@@ -217,13 +241,19 @@ class Session:
         self.telling = self.told_at - began
         return {name: job["status"] for name, job in self.told.items() if job["status"] != before.get(name, {}).get("status")}
 
+    def write_plan(self, finished: bool = False) -> None:
+        """Write `plan.json`: the plan, how it was chosen, what was changed and what was measured. Raises `StorageError`."""
+        peak = self.trainer.watch.peak() if finished else None
+        measured = None if self.meter is None else self.meter.facts()
+        self.folder.write_plan(self.planned, self.trainer.changes, peak, measured, self.fitted)
+
     def _tell_plan(self) -> None:
         """Keep `plan.json` up to date."""
-        changes = self.trainer.changes
-        if len(changes) > self.planned_of:
-            with suppress(StorageError):  # checkpoints have it, too
-                self.folder.write_plan(self.planned, changes, None)
-                self.planned_of = len(changes)
+        known = len(self.trainer.changes), 0 if self.meter is None else self.meter.peak
+        if known != self.planned_of:
+            with suppress(StorageError):  # checkpoints have the changes, too
+                self.write_plan()
+                self.planned_of = known
 
     def reported(self) -> dict[str, int]:
         """Job -> the last step whose metrics are final."""

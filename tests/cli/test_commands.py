@@ -182,6 +182,8 @@ def test_plan_holds_the_measured_peak(trained: Trained) -> None:
     plan = json.loads((trained.run / "plan.json").read_text())
     # Linux keeps the two figures apart by a few pages per thread.
     assert 0.95 * trained.peak_bytes <= plan["measured_peak_bytes"] <= trained.peak_bytes + 2**20
+    assert plan["measured"]["total_bytes"] == plan["measured_peak_bytes"]
+    assert plan["measured"]["weights"] == plan["estimate"]["weights"]
     assert plan["plan"]["weights"] == "fp32"
     assert plan["plan"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert plan["plan"]["threads"] == 1

@@ -30,8 +30,9 @@ def test_it_says_what_fits(config: Path) -> None:
     done = here("plan", config, "--memory", "8GiB", "--json")
     assert done.code == 0, done.err
     said = json.loads(done.out)
+    assert said["estimate"]["tokens"] == 512  # sequences of 256, two a step
     assert said["fits"] and said["device"] == "cpu" and said["budget_bytes"] == 8 * 2**30
-    parts = {k: v for k, v in said["estimate"].items() if k not in ("when", "total_bytes")}
+    parts = {k: v for k, v in said["estimate"].items() if k not in ("when", "holes", "total_bytes", "tokens")}
     assert sum(parts.values()) == said["estimate"]["total_bytes"] <= said["needs_bytes"] <= said["budget_bytes"]
     assert said["plan"]["recompute"] == "none" and said["plan"]["offload"] == "none"  # there is room: nothing is spared
     assert said["longest_context"] == WIDE["max_position_embeddings"] and said["largest_micro_batch"] > 100
@@ -94,6 +95,9 @@ def test_a_run_keeps_within_its_memory(config: Path, tmp_path: Path) -> None:
     assert plan["fits"] and plan["budget_bytes"] == bytes_of(claimed[1])
     assert plan["measured_peak_bytes"] <= plan["budget_bytes"]
     assert plan["estimate"]["total_bytes"] <= plan["budget_bytes"]
+    measured = plan["measured"]
+    counted = sum(measured[k] for k in ("weights", "adapters", "gradients", "optimizer", "process", "rest"))
+    assert counted == measured["total_bytes"] == plan["measured_peak_bytes"] and measured["rest"] > 0
 
 
 def test_pins_and_exactness_are_kept(config: Path, tmp_path: Path) -> None:

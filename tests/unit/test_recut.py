@@ -349,8 +349,10 @@ def test_a_run_that_does_not_fit_any_more_is_saved_where_it_stood(
     monkeypatch.setattr(Base, "hidden", hidden)
     with pytest.raises(OutOfMemoryError, match=r"state saved at step 1, the same command goes on from there$"):
         train(to_config(fields), observer)
-    changes = json.loads((tmp_path / "run/plan.json").read_text())["changes"]
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    changes = plan["changes"]
     assert changes and {change["step"] for change in changes} == {2}
+    assert plan["measured"]["step"] == 1 and plan["measured_peak_bytes"] is None
     monkeypatch.undo()
     observer.notes.clear()
     result = train(to_config(fields), observer)
@@ -358,7 +360,10 @@ def test_a_run_that_does_not_fit_any_more_is_saved_where_it_stood(
         f"plan (default): {Change(**change).told}" for change in changes
     ]
     assert [line["step"] for line in result.metrics if "loss" in line] == [1, 2, 3]
-    assert json.loads((tmp_path / "run/plan.json").read_text())["changes"] == changes
+    after = json.loads((tmp_path / "run/plan.json").read_text())
+    assert after["changes"] == changes and after["estimate"] == plan["estimate"]
+    assert after["measured"]["step"] == 2 and after["measured"]["total_bytes"] == after["measured_peak_bytes"]
+    assert after["measured"]["adapters"] == plan["measured"]["adapters"] > 0
 
 
 # --- around steps ---------------------------------------------------------------------------------------------------------

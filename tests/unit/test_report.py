@@ -19,6 +19,7 @@ from snugtune.report import write_report
 from snugtune.report.charts import SIDE, Scale, Trace, bucketed, chart, line, number, running_mean, ticks, value_scale
 from snugtune.report.facts import Series, read_facts
 
+MIB = 2**20
 POINT = re.compile(r"(-?\d+) (-?\d+)")
 HOSTILE = "</script></style><img src=x onerror=alert(1)><script>alert(2)</script>\"'`{{ 7*7 }}<!--"
 
@@ -337,6 +338,89 @@ def test_changes_of_the_plan_are_told(tmp_path: Path) -> None:
     text = report_of(folder).text
     assert "changed under way default, step 2: most tokens in one forward 512 (memory ran out)" in text
     assert "default, step 3: activations computed again in backward (memory ran out)" in text
+
+
+PREDICTED = {"weights": 500, "adapters": 20, "gradients": 20, "optimizer": 40, "activations": 200, "logits": 50,
+             "transients": 70, "runtime": 400}  # fmt: skip
+MEASURED = {"weights": 500, "adapters": 20, "gradients": 20, "optimizer": 41, "process": 350, "rest": 399}
+
+
+def with_memory(folder: Path, **more: Any) -> Path:
+    """The run, with what was predicted of its memory and what was measured; `more` of plan.json."""
+    estimate = {k: v * MIB for k, v in PREDICTED.items()} | {"when": "head", "total_bytes": 1300 * MIB, "tokens": 1024}
+    measured = {k: v * MIB for k, v in MEASURED.items()} | {"total_bytes": 1330 * MIB, "tokens": 1010, "step": 3}
+    plan = json.loads((folder / "plan.json").read_text())
+    told = plan | {"fits": True, "budget_bytes": 1500 * MIB, "estimate": estimate, "measured": measured} | more
+    (folder / "plan.json").write_text(json.dumps(told))
+    return folder
+
+
+def lines_of(page: Page) -> str:
+    return page.text[page.text.index("Predicted against measured") : page.text.index("Config")]
+
+
+def test_predicted_and_measured_memory_stand_side_by_side(tmp_path: Path) -> None:
+    page = report_of(with_memory(write_run(tmp_path / "run", steps=3)))
+    told = lines_of(page)
+    for text in (
+        "weights 500 MiB 500 MiB",
+        "optimizer state 40 MiB 41 MiB",
+        "activations, logits, transients and the process 720 MiB 749 MiB",
+        "logits 50 MiB",
+        "the process before the base was loaded 350 MiB",
+        "peak 1.27 GiB 1.30 GiB",
+        "The fullest moment was predicted while the head scores, with forwards of up to 1,024 tokens;",
+        "counted after step 3",
+    ):
+        assert text in told
+    assert "estimate." not in page.text and "measured." not in page.text  # not once more, raw
+
+
+def test_bars_are_shares_of_the_budget(tmp_path: Path) -> None:
+    page = report_of(with_memory(write_run(tmp_path / "run", steps=3)))
+    at = [i for i, (tag, a) in enumerate(page.tags) if tag == "svg" and a.get("class") == "stack"]
+    assert len(at) == 2
+    for start, sizes in zip(at, (PREDICTED.values(), MEASURED.values()), strict=True):
+        assert "budget 1.46 GiB" in (page.tags[start][1]["aria-label"] or "")
+        drawn = [a for tag, a in page.tags[start : start + 2 * len(sizes) + 2] if tag == "rect"][: len(sizes)]
+        widths = sorted(int(a["width"] or 0) for a in drawn)
+        assert widths == pytest.approx(sorted(SIDE * size / 1500 for size in sizes), abs=2)
+        assert [int(a["x"] or 0) for a in drawn] == sorted(int(a["x"] or 0) for a in drawn)
+    limits = [a["d"] for tag, a in page.tags if tag == "path" and a.get("class") == "limit" and f"v{SIDE}" in (a["d"] or "")]
+    assert limits == [f"M{SIDE} 0v{SIDE}"] * 2
+
+
+def test_a_peak_beyond_the_budget_is_drawn_beyond_its_line(tmp_path: Path) -> None:
+    page = report_of(with_memory(write_run(tmp_path / "run", steps=3), budget_bytes=665 * MIB))
+    limits = [a["d"] or "" for tag, a in page.tags if tag == "path" and a.get("class") == "limit"]
+    assert f"M{SIDE // 2} 0v{SIDE}" in limits  # of 1330
+
+
+def test_changes_stand_beside_the_memory(tmp_path: Path) -> None:
+    change = {"job": "default", "step": 2, "knob": "capacity", "value": 512, "cause": "memory would run short (a test)"}
+    page = report_of(with_memory(write_run(tmp_path / "run", steps=3), changes=[change]))
+    assert "changed under way default, step 2: most tokens in one forward 512 (memory would run short (a test))" in lines_of(page)
+    assert page.text.count("memory would run short") == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"measured": None},
+        {"estimate": None},
+        {"measured": {"rest": -5 * MIB, "weights": 3}, "estimate": {"when": []}},
+        {"estimate": {"weights": "much", "when": HOSTILE, "tokens": math.inf}, "budget_bytes": -1},
+        {"estimate": {"weights": 0}, "measured": 7, "budget_bytes": 0},
+    ],
+    ids=str,
+)
+def test_half_of_the_memory_or_nonsense_is_shown_as_far_as_it_goes(tmp_path: Path, more: dict[str, Any]) -> None:
+    page = report_of(with_memory(write_run(tmp_path / "run", steps=3), **more))
+    assert "Predicted against measured" in page.text
+
+
+def test_an_older_plan_has_no_memory_section(tmp_path: Path) -> None:
+    assert "Predicted against measured" not in report_of(write_run(tmp_path / "run", steps=3)).text
 
 
 @pytest.mark.parametrize(

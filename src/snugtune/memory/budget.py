@@ -22,6 +22,7 @@ class Watch:
         self.device, self.budget = device, budget
         self.largest = 0  # tokens of a forward so far
         self.highest = 0  # before it was last asked whether the budget was exceeded
+        self.before = torch.cuda.memory_allocated() if device == "cuda" else resident()  # in use when this was made
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             if budget is not None:

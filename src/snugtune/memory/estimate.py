@@ -26,6 +26,14 @@ BUFFERS = 2
 """Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
 
 Moment = Literal["load", "body", "head", "backward", "optimizer", "save"]
+MOMENTS: Mapping[Moment, str] = {
+    "load": "while the weights are read",
+    "body": "in the forward",
+    "head": "while the head scores",
+    "backward": "in the backward",
+    "optimizer": "in the optimizer's step",
+    "save": "while the result is written",
+}
 _Numbers = dict[tuple[object, object], float]
 
 
@@ -62,6 +70,7 @@ class Estimate:
     transients: int  # what comes and goes within the body
     runtime: int  # the process itself, and what the allocator leaves unused
     when: Moment
+    holes: int = 0  # of runtime, what is left unused between what comes and goes
 
     @property
     def total(self) -> int:
@@ -69,7 +78,7 @@ class Estimate:
 
     def parts(self) -> dict[str, int]:
         """By name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "when"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("when", "holes")}
 
 
 @dataclass(frozen=True)
@@ -194,9 +203,10 @@ def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
 
 
 def _with(rest: Estimate, runtime: Runtime, when: Moment, kept: float, logits: float, comes: float) -> Estimate:
-    holes = runtime.holes * (kept + logits + comes)
-    process = runtime.process + runtime.grows + _whole(holes)
-    return replace(rest, activations=_whole(kept), logits=_whole(logits), transients=_whole(comes), runtime=process, when=when)
+    holes = _whole(runtime.holes * (kept + logits + comes))
+    process = runtime.process + runtime.grows + holes
+    moving = {"activations": _whole(kept), "logits": _whole(logits), "transients": _whole(comes), "holes": holes}
+    return replace(rest, **moving, runtime=process, when=when)
 
 
 def _whole(count: float) -> int:

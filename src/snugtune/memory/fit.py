@@ -37,11 +37,18 @@ class Candidate:
 
     planned: Planned
     estimate: Estimate
+    tokens: int  # of the largest forward, which the estimate is of
 
     @property
     def needs(self) -> int:
         """Bytes of a budget that it fits into."""
         return round(self.estimate.total * (1 + MARGIN))
+
+    def facts(self) -> dict[str, Any]:
+        """The estimate, for files. Sizes in bytes."""
+        estimate = self.estimate
+        told = {"holes": estimate.holes, "when": estimate.when, "total_bytes": estimate.total, "tokens": self.tokens}
+        return {**estimate.parts(), **told}
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,10 @@ class Fitted:
 
     def facts(self) -> dict[str, Any]:
         """For `plan.json`. Sizes in bytes."""
-        estimate = self.chosen.estimate
         return {
             "fits": self.chosen.needs <= self.budget,
             "budget_bytes": self.budget,
-            "estimate": {**estimate.parts(), "when": estimate.when, "total_bytes": estimate.total},
+            "estimate": self.chosen.facts(),
             "rejected": [
                 {"plan": _differing(c.planned.plan, self.chosen.planned.plan), "total_bytes": c.estimate.total}
                 for c in self.rejected
@@ -113,7 +119,8 @@ def leanest(question: Question) -> Candidate:
 
 
 def _looked_at(question: Question, planned: Planned) -> Candidate:
-    return Candidate(planned, question.predict(planned.plan, question.demand(planned.plan)))
+    works = question.demand(planned.plan)
+    return Candidate(planned, question.predict(planned.plan, works), max(sum(work.lengths) for work in works))
 
 
 def _quickest_first(question: Question, variants: Iterable[PlanConfig]) -> list[Planned]:

@@ -131,6 +131,11 @@ class Stream:
         self.slots: list[_Slot] = []  # the one in use first; made when the first block is asked for
         self.step = 1
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Those that there are by now."""
+        return [slot.buffer for slot in self.slots]
+
     def fetch(self, block: int, returns: bool) -> Tensor:
         """The bytes of a block, valid until another is fetched. Raises `UnreadableError`.
 

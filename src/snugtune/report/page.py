@@ -19,6 +19,7 @@ from snugtune.files import write_whole
 from snugtune.folder import RunFolder
 from snugtune.report.charts import SIDE, Chart, Trace, bucketed, chart, line, number, running_mean, step_scale, value_scale
 from snugtune.report.facts import JobFacts, RunFacts, Sample, Series, read_facts
+from snugtune.report.memory import SHOWN, memory_of
 from snugtune.report.words import about, incomparable, method, plan_in_words, size
 from snugtune.training.metrics import mean_ends, steps_of_mean
 
@@ -125,6 +126,8 @@ def render(run: RunFacts, written: datetime | None = None) -> str:
     rows = [_row(job, i) for i, job in enumerate(run.jobs)]
     points = max(60, min(240, POINTS // max(1, len(rows))))
     limit = max(1000, min(8000, SAMPLE_CHARS // max(1, len(rows))))
+    memory = memory_of(run.plan)
+    told = {key: value for key, value in run.plan.items() if memory is None or key not in SHOWN}
     return _template().render(
         run=run,
         name=run.folder.resolve().name,
@@ -133,7 +136,8 @@ def render(run: RunFacts, written: datetime | None = None) -> str:
         charts=_charts_of_all(rows, max(60, points // 2)) if len(rows) > 1 else [],
         jobs=[_shown(row, run.plan, points) for row in rows],
         folded=len(rows) > OPEN_JOBS,
-        plan=plan_in_words(run.plan),
+        memory=memory,
+        plan=plan_in_words(told),
         about=about(run),
         notes=_notes(run, rows),
         side=SIDE,

@@ -74,6 +74,13 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:SOURCES]) + more
 
 
+def changes_in_words(plan: Mapping[str, Any]) -> list[str]:
+    """What was changed of the plan under way, each with where and why."""
+    changes = plan.get("changes")
+    told = [change for change in changes if isinstance(change, dict)] if isinstance(changes, list) else []
+    return [f"{_plain(c.get('job'))}, step {c.get('step')}: {_knob(c)}" for c in told]
+
+
 def plan_in_words(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """`plan.json` as (name, value with its unit); what is not known here stands as it is."""
     rows: list[tuple[str, str]] = []
@@ -87,7 +94,7 @@ def plan_in_words(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif key == "reasons":
             rows.append(("why", "\n".join(map(_plain, value)) if isinstance(value, list) else _plain(value)))
         elif key == "changes" and isinstance(value, list):
-            told = [f"{_plain(c.get('job'))}, step {c.get('step')}: {_knob(c)}" for c in value if isinstance(c, dict)]
+            told = changes_in_words(plan)
             rows += [("changed under way", "\n".join(told))] if told else []
         elif key != "plan" or not isinstance(knobs, Mapping):
             rows += _flat(value, key)
