@@ -15,6 +15,7 @@ from snugtune.memory.demand import LOOKED_AT, full_chunk, largest_chunk
 from snugtune.memory.estimate import Estimate, Work
 from snugtune.memory.fit import CHOSEN, Question, fit, leanest
 from snugtune.memory.plan import make_plan
+from snugtune.memory.speed import ASSUMED, Size, seconds_a_token
 from snugtune.training.examples import JobData
 from snugtune.training.job import capacity_of
 from snugtune.types import NARROW, Example, Plan
@@ -44,6 +45,7 @@ def question(plan: dict[str, Any] | None = None, **more: Any) -> Question:
         lambda pins: make_plan(config.model_copy(update={"plan": pins})),
         predict,
         lambda plan: [full_chunk(job, plan) for job in jobs],
+        lambda plan: seconds_a_token(plan, ASSUMED["cpu"], Size(1e9, 1024, 1e5, config.resolved_jobs()[0].method.type == "full")),
     )
 
 

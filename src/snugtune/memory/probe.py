@@ -1,7 +1,7 @@
 """What this machine does in a second, measured once and kept: some seconds in a process of its own, of which nothing stays.
 
-`python -m snugtune.memory.probe cpu fp32 2 FOLDER` prints it, for a device, a compute dtype and so many threads; FOLDER is where
-streamed weights and inputs of blocks would lie.
+`python -m snugtune.memory.probe cpu fp32 FOLDER` prints it, for a device and a compute dtype; FOLDER is where streamed weights
+and inputs of blocks would lie. On CPU one thread computes, which others at work on the machine hold up least.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -37,21 +37,26 @@ def speed_of(device: str, compute: Dense, threads: int, here: bool = True) -> Sp
     if not here:
         return ASSUMED[device]
     folder = cache_dir() / "speed"
-    about = (machine.processor().model, device, compute, threads, torch.__version__)
+    about = (machine.processor().model, device, compute, torch.__version__)
     path = folder / f"{hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()}.json"
     try:
-        return Speed(**json.loads(path.read_bytes()))
+        return _of_threads(Speed(**json.loads(path.read_bytes())), threads)
     except (OSError, TypeError, ValueError):
         pass  # it is measured anew
     try:
         make_folder(folder)
-        command = [sys.executable, "-P", "-m", "snugtune.memory.probe", device, compute, str(threads), str(folder)]
+        command = [sys.executable, "-P", "-m", "snugtune.memory.probe", device, compute, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = Speed(**json.loads(done.stdout))
         write_whole(path, json.dumps(asdict(found)))
     except (StorageError, subprocess.CalledProcessError, ValueError):
         return ASSUMED[device]  # a full disk, no memory: it decides an order, and stops nobody
-    return found
+    return _of_threads(found, threads)
+
+
+def _of_threads(speed: Speed, threads: int) -> Speed:
+    decoded = {name: threads * count for name, count in speed.decoded.items()}
+    return replace(speed, flops=threads * speed.flops, decoded=decoded)
 
 
 def measure(device: str, compute: Dense, folder: Path) -> Speed:
@@ -114,8 +119,8 @@ def _seconds(work: Callable[[], object], device: str = "cpu") -> float:
     return min(took)
 
 
-def main(device: str, compute: Dense, threads: str, folder: str) -> None:
-    torch.set_num_threads(int(threads))
+def main(device: str, compute: Dense, folder: str) -> None:
+    torch.set_num_threads(1)
     sys.stdout.write(json.dumps(asdict(measure(device, compute, Path(folder)))))
 
 
