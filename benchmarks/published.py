@@ -1,14 +1,14 @@
 """Others' published peaks on GPUs beside what snugtune would need for the same, predicted: `python benchmarks/published.py`.
 
-Nothing is measured, and no GPU is needed: models are known by their config.json (`configs/`). `published_peaks.json` has, for each
-row, what was published with its source, unchanged, and apart from it ours: the same task as fields of a run, the other recipe in
+Nothing is measured, and no GPU is needed: models are known by their config.json (`configs/`). `published_peaks.json` has for each
+row what was published with its source, unchanged, and apart from it ours: the same task as fields of a run, the other recipe in
 numbers where its source tells it, and why the two differ. The second table has the longest context for Llama 3.1 8B.
 """
 
 import argparse
 import functools
 import json
-import sys
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,15 @@ def line(at: int, row: Mapping[str, Any]) -> tuple[str, ...]:
     return (*first, f"{ours:.1f}", f"{task.estimate.total / GIB:.1f}", differs, theirs, row["why"])
 
 
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the other recipes, counted, compare with what was published of them."""
+    peaks = [(published(row), row) for row in rows if row["theirs"]]
+    errors = [counted(task_of(r["config"], r["run"]), r["theirs"]) / GIB / peak - 1 for peak, r in peaks if peak is not None]
+    median = statistics.median(abs(e) for e in errors)
+    ends = f"from {100 * min(errors):+.1f} % to {100 * max(errors):+.1f} %"
+    return f"{len(errors)} recipes counted against their published peaks: median error {100 * median:.1f} %, {ends}"
+
+
 def by_source(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A table for each source of peaks."""
     numbered = [(at, row) for at, row in enumerate(rows, 1) if "vram_gb" not in row["published"]]
@@ -188,7 +197,9 @@ def contexts(rows: Sequence[Mapping[str, Any]]) -> str:
             length, needs, offload = found
             shown = f"{length:,}" if length <= most else f"{most:,} (memory: {length:,})"
             lines.append((str(budget), shown, f"{needs / GIB:.2f}", offload, *theirs))
-    return table(("GiB", "snugtune, predicted", "needs", "kept in host memory", "Unsloth, published", "HF and flash attention"), lines)
+    return table(
+        ("GiB", "snugtune, predicted", "needs", "kept in host memory", "Unsloth, published", "HF and flash attention"), lines
+    )
 
 
 def main() -> None:
@@ -197,10 +208,9 @@ def main() -> None:
     told = parser.parse_args()
     rows = read_rows()
     if told.only != "contexts":
-        print("\n\n".join(by_source(rows)))
+        print("\n\n".join((*by_source(rows), summary(rows))))
     if told.only != "peaks":
         print(f"\n{contexts(rows)}")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
