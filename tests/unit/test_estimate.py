@@ -100,6 +100,26 @@ def test_methods_that_tell_blocks_apart_are_traced_on_all(method: dict[str, Any]
     assert (estimate.adapters, estimate.gradients) == (trace.trained, trace.gradients) and trace.gradients > 0
 
 
+def test_inputs_that_wait_elsewhere_do_not_add_up_with_depth() -> None:
+    """A few may be on their way there; of those of three blocks as many are as of those of sixteen."""
+    config, work = tiny_config("llama", num_hidden_layers=16), Work(job_of(LORA), (120,), 2)
+    plan = plan_of("fp32", recompute="blocks", offload="activations")
+    trace, estimate = of_all_blocks(config, plan, work), Estimator(config).estimate(plan, [work], NOTHING)
+    peak = max(sum(held.values()) for held in trace.peaks.values())
+    assert estimate.total == pytest.approx(trace.weights + trace.trained + 3 * trace.gradients + peak, abs=4 << 10)
+
+
+@pytest.mark.parametrize("method", [{"last_blocks": 3}, {"first_blocks": 2, "last_blocks": 2, "head": True}], ids=str)
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_as_many_blocks_train_of_few_as_of_all(arch: str, method: dict[str, Any]) -> None:
+    config, work = tiny_config(arch, num_hidden_layers=10), Work(job_of({"type": "freeze", **method}), (120,), 119)
+    plan = plan_of("fp32", recompute="blocks")
+    trace, estimate = of_all_blocks(config, plan, work), Estimator(config).estimate(plan, [work], NOTHING)
+    peak = max(sum(held.values()) for held in trace.peaks.values())
+    assert estimate.gradients == trace.gradients
+    assert estimate.total == pytest.approx(trace.weights + trace.trained + 3 * trace.gradients + peak, rel=2e-3)
+
+
 def depths_of(arch: str, every: int = 1, **overrides: Any) -> tuple[int, int]:
     return _depths(hollow_model(tiny_config(arch, **overrides), plan_of("fp32")), every)
 

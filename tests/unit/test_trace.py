@@ -121,6 +121,30 @@ def test_in_every_width(tmp_path: Path, arch: str, kind: str, compute: str) -> N
     assert_equal(*both(tmp_path, arch, LORA, kind, compute), chunk_of(), spare=statistics)
 
 
+@pytest.mark.parametrize("how", [{}, {"recompute": "blocks"}], ids=str)
+@pytest.mark.parametrize("method", [LORA, FULL], ids=lambda m: m["type"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3moe", "gptoss"])
+def test_experts_are_counted_whatever_they_get(
+    tmp_path: Path, arch: str, kind: str, method: dict[str, Any], how: dict[str, Any]
+) -> None:
+    """Grouped products have as many rows as tokens choose experts, wherever these send them; so no values are needed."""
+    chunk = chunk_of((40, 30, 20), 80)
+    assert_equal(*both(tmp_path, arch, method, kind, kind, chunk=chunk, **how), chunk)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3moe"])
+def test_experts_are_counted_for_cuda(arch: str, compute: Literal["fp32", "bf16"]) -> None:
+    """For each expert that a token chooses backward keeps both halves of the gated layer, the function of one, and the result."""
+    config = tiny_config(arch, **{"mixtral": {"intermediate_size": 512}, "qwen3moe": {"moe_intermediate_size": 512}}[arch])
+    plan = plan_of(compute, compute, device="cuda")
+    trace = trace_step(hollow_base(hollow_model(config, plan), plan, arch), [(job_of(LORA), chunk_of((90,), 2))], plan)
+    blocks, chosen, size = 2, 2 * 90, {"fp32": 4, "bf16": 2}[compute]
+    experts = blocks * chosen * size * (2 * 512 + 512 + 64)
+    assert experts < trace.peaks["head"]["body"] < 1.6 * experts
+
+
 def test_with_scales_in_8_bits(tmp_path: Path) -> None:
     """Real linears share the table of 256 numbers that their scales are looked up in; hollow ones count one each."""
     real, hollow = both(tmp_path, "llama", LORA, "nf4-double")

@@ -20,6 +20,7 @@ from snugtune.memory.trace import Held, Phase, Trace, trace_step
 from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.offload import blocks_of
+from snugtune.model.spill import WRITES_AHEAD
 from snugtune.types import HEAD_ROWS, Chunk, Plan
 
 BUFFERS = 2
@@ -158,10 +159,11 @@ class Estimator:
     def _blocks(self, plan: Plan) -> tuple[int, int, int]:
         """How many the model has, and two numbers of them to look at."""
         every = plan.recompute if isinstance(plan.recompute, int) else 1  # of so many blocks one is recomputed
-        key = (plan.weights, plan.compute, plan.double_quant, every)
+        least = WRITES_AHEAD + 1 if plan.offload == "activations" else 2  # from there on no more inputs wait
+        key = (plan.weights, plan.compute, plan.double_quant, every, least)
         if key not in self._depths:
             model = hollow_model(self.config, plan, self.trust)
-            self._depths[key] = (len(blocks_of(model)), *_depths(model, every))
+            self._depths[key] = (len(blocks_of(model)), *_depths(model, every, least))
         return self._depths[key]
 
     def _at(self, plan: Plan, job: Work, blocks: int) -> _Numbers:
@@ -220,16 +222,16 @@ def _chunk(job: Work) -> Chunk:
     return Chunk(job.config.name, 0, 0, 0, tokens, job.lengths, rows, torch.zeros_like(rows), torch.ones(job.scored))
 
 
-def _depths(model: PreTrainedModel, every: int = 1) -> tuple[int, int]:
-    """Two numbers of blocks, so that from one to the other each kind comes as often as in the whole model.
+def _depths(model: PreTrainedModel, every: int = 1, least: int = 2) -> tuple[int, int]:
+    """Two numbers of blocks, so that from one to the other each kind comes as often as in the whole model; `least` at least.
 
     The first of each `every` blocks is a kind of its own, as it is recomputed. Where kinds do not come again in turns, that is
-    all of them, twice.
+    all of them, twice. The first block alone needs less than others: its input is given.
     """
     modules = dict(model.named_modules())
     kinds = [(_kind(modules[name]), at % every == 0) for at, name in enumerate(blocks_of(model))]
     for period in range(1, len(kinds)):
-        for start in range(max(0, 2 - period), len(kinds) - 2 * period + 1):  # the first alone needs less: its input is given
+        for start in range(max(0, least - period), len(kinds) - 2 * period + 1):
             whole = (len(kinds) - start) % period == 0
             if whole and all(kinds[i] == kinds[i - period] for i in range(start + period, len(kinds))):
                 if start + 2 * period < len(kinds):

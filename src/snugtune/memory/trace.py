@@ -75,6 +75,18 @@ WITHIN: Mapping[object, Callable[..., int]] = {
 """What operators hold while they run, where that is as large as what they are given: no tensor shows it."""
 
 
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: object) -> Tensor:
+    """What `_grouped_mm` gives for G groups: of rows [S, n] and [G, n, m] the rows [S, m]; of two of rows, as in backward of
+    weights that train, [G, n, m]. However many rows each group has, and in every format, as its kernels do."""
+    shape = (len(offs), len(a), b.shape[1]) if b.dim() == 2 else (len(a), b.shape[2])
+    return torch.empty(shape, dtype=a.dtype, device=a.device)
+
+
+GIVEN: Mapping[object, Callable[..., Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_product}
+"""Stand-ins on the meta device, where torch's own operator refuses what its kernels take: this one takes bf16 alone there.
+It multiplies all experts of a mixture (transformers' integrations/moe.py, on every device unless one asks for something else)."""
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages that operators make while it is entered, but those of `known` tensors."""
 
@@ -94,7 +106,8 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(tensor.untyped_storage(), self._seen.discard, storage_of(tensor))  # another may lie there then
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        run = GIVEN[func] if func in GIVEN and args[0].is_meta else func
+        made = run(*args, **(kwargs or {}))
         for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
