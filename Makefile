@@ -23,7 +23,8 @@ demo: setup
 	$(BIN)/snugtune demo
 
 test: test-unit
-	$(BIN)/python -m pytest tests/browser tests/cli tests/real
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile tests/browser tests/cli
+	$(BIN)/python -m pytest tests/real
 
 # These compute on one thread each: several processes share them out.
 test-unit: setup

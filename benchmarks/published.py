@@ -19,7 +19,7 @@ from common import table
 from snugtune.config import RunConfig
 from snugtune.memory.choose import Model, estimator_of, question_of
 from snugtune.memory.estimate import Estimate, Estimator
-from snugtune.memory.fit import Candidate, Question
+from snugtune.memory.fit import Question, looked_at
 from snugtune.model.load import load_config, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.source import find_model
@@ -158,7 +158,7 @@ def least(length: int) -> tuple[int, str]:
     found = []
     for asked, offload in plans_for(length):
         planned = asked.make(asked.pins)
-        found.append((Candidate(planned, asked.predict(planned.plan, asked.demand(planned.plan))).needs, offload))
+        found.append((looked_at(asked, planned).needs, offload))
     return min(found)
 
 

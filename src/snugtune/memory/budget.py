@@ -69,11 +69,20 @@ def _forget_peak() -> bool:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that this process could still have, within its container's limit."""
+    """Bytes that this process could still have, within its container's limit and its own (RLIMIT_DATA)."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     ram = machine.memory()
-    return ram.available if ram.limit_free is None else min(ram.available, ram.limit_free)
+    limits = [left for left in (ram.limit_free, _data_left()) if left is not None]
+    return min([ram.available, *limits])
+
+
+def _data_left() -> int | None:
+    """Bytes of data that the process may still ask for; None where nobody set a limit, or the system does not hold it."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY or sys.platform != "linux":
+        return None
+    return max(0, limit - _told("VmData"))
 
 
 def peak_rss() -> int:

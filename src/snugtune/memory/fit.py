@@ -103,7 +103,7 @@ def quickest(question: Question, budget: int) -> Fitted | Candidate:
     rejected: list[Candidate] = []
     plans = _quickest_first(question, _variants(question))
     for planned in plans:
-        candidate = _looked_at(question, planned)
+        candidate = looked_at(question, planned)
         if candidate.needs <= budget:
             return Fitted(_told(candidate, rejected, budget), budget, tuple(rejected))
         if not rejected and len(plans) > 1 and (least := leanest(question)).needs > budget:
@@ -115,10 +115,10 @@ def quickest(question: Question, budget: int) -> Fitted | Candidate:
 def leanest(question: Question) -> Candidate:
     """The plan that takes the least, of those that set each knob to spare."""
     plans = _quickest_first(question, _variants(question, lean=True))
-    return min((_looked_at(question, planned) for planned in plans), key=lambda c: c.needs)
+    return min((looked_at(question, planned) for planned in plans), key=lambda c: c.needs)
 
 
-def _looked_at(question: Question, planned: Planned) -> Candidate:
+def looked_at(question: Question, planned: Planned) -> Candidate:
     works = question.demand(planned.plan)
     return Candidate(planned, question.predict(planned.plan, works), max(sum(work.lengths) for work in works))
 
