@@ -1,7 +1,7 @@
 """Budgets, kept or refused: `python benchmarks/budget.py --folder F`. SmolLM2 under LoRA, each run a process of its own.
 
 First 2 GiB, 1 GiB and the smallest budget that the planner claims, then the same under a limit on data that the system holds
-(RLIMIT_DATA), then `--random` budgets between the smallest and 3 GiB. With `exact: true`, so that losses are the same to rounding.
+(RLIMIT_DATA), then `--random` budgets between the smallest and 3 GiB. With `exact: true`: losses are the same to rounding.
 Prints a table; `--json` one line for scripts. The exit code is 1 where a budget was not kept.
 """
 
