@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,25 @@ def test_with_room_the_plain_plan_is_chosen() -> None:
     fitted = fit(question(), 1000 * GIB)
     assert not fitted.rejected
     assert (fitted.chosen.planned.plan.recompute, fitted.chosen.planned.plan.offload) == ("none", "none")
+
+
+def test_a_plain_plan_that_fits_asks_nobody_how_quick_it_is() -> None:
+    def refuse(plan: Plan) -> float:
+        raise AssertionError("priced")
+
+    assert fit(replace(question(), price=refuse), 1000 * GIB).chosen.planned.plan.recompute == "none"
+
+
+def test_a_slow_disk_changes_the_order() -> None:
+    """Streaming is quick where the disk is; else activations are computed again first."""
+    quick, slow = (replace(ASSUMED["cpu"], read=speed, read_cached=speed) for speed in (1e12, 1e6))
+    size = Size(1e9, 1024, 1e5, False)
+    chosen = [
+        fit(replace(question(), price=lambda plan, s=speed: seconds_a_token(plan, s, size)), 13 * GIB).chosen.planned.plan
+        for speed in (quick, slow)
+    ]
+    assert chosen[0].offload == "weights"
+    assert chosen[1].offload != "weights" and chosen[1].recompute == "blocks"
 
 
 @pytest.mark.parametrize("budget", [15, 13, 10, 7, 5])

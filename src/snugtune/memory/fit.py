@@ -100,21 +100,25 @@ def fit(question: Question, budget: int) -> Fitted:
 
 def quickest(question: Question, budget: int) -> Fitted | Candidate:
     """The same; where nothing fits, what takes the least."""
-    rejected: list[Candidate] = []
-    plans = _quickest_first(question, _variants(question))
-    for planned in plans:
+    plain, *others = _plans(question, _variants(question))
+    candidate = looked_at(question, plain)
+    if candidate.needs <= budget:
+        return Fitted(_told(candidate, (), budget), budget)
+    least = leanest(question) if others else candidate
+    if least.needs > budget:
+        return least
+    rejected = [candidate]
+    for planned in sorted(others, key=lambda p: (_rounds(p.plan), question.price(p.plan))):
         candidate = looked_at(question, planned)
         if candidate.needs <= budget:
             return Fitted(_told(candidate, rejected, budget), budget, tuple(rejected))
-        if not rejected and len(plans) > 1 and (least := leanest(question)).needs > budget:
-            return least
         rejected.append(candidate)
-    return min(rejected, key=lambda c: c.needs)
+    return least
 
 
 def leanest(question: Question) -> Candidate:
     """The plan that takes the least, of those that set each knob to spare."""
-    plans = _quickest_first(question, _variants(question, lean=True))
+    plans = _plans(question, _variants(question, lean=True))
     return min((looked_at(question, planned) for planned in plans), key=lambda c: c.needs)
 
 
@@ -123,8 +127,8 @@ def looked_at(question: Question, planned: Planned) -> Candidate:
     return Candidate(planned, question.predict(planned.plan, works), max(sum(work.lengths) for work in works))
 
 
-def _quickest_first(question: Question, variants: Iterable[PlanConfig]) -> list[Planned]:
-    """The plans that these pins give."""
+def _plans(question: Question, variants: Iterable[PlanConfig]) -> list[Planned]:
+    """The plans that these pins give, each once."""
     found: dict[Plan, Planned] = {}
     refused: InputError | None = None
     for pins in variants:
@@ -137,8 +141,7 @@ def _quickest_first(question: Question, variants: Iterable[PlanConfig]) -> list[
     if not found:
         assert refused is not None
         raise refused
-    plans = list(found.values())
-    return plans if len(plans) == 1 else sorted(plans, key=lambda p: (_rounds(p.plan), question.price(p.plan)))
+    return list(found.values())
 
 
 def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
