@@ -19,7 +19,7 @@ WRITTEN = 60 * MIB
 BITSANDBYTES = 45 * MIB
 """Its import, where something is kept in 8 or 4 bits."""
 SELF_TEST = 15 * MIB
-"""What the gradient self-test of narrow weights leaves: kernels that were compiled, pages that hold a little (14 to 18 MiB seen)."""
+"""What the gradient self-test of narrow weights leaves: compiled kernels, pages that hold a little (14 to 18 MiB seen)."""
 HOLES = {"mimalloc": 0.09, "glibc": 0.6}
 """Of what comes and goes in a step, so much lies unused between it at the peak."""
 _HOLES_ELSEWHERE = 0.15
