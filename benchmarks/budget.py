@@ -1,7 +1,7 @@
 """Budgets, kept or refused: `python benchmarks/budget.py --folder F`. SmolLM2 under LoRA, each run a process of its own.
 
 First 2 GiB, 1 GiB and the smallest budget that the planner claims, then the same under a limit on data that the system holds
-(RLIMIT_DATA), then `--random` budgets between the smallest and 3 GiB. With `exact: true`: losses are the same to rounding.
+(RLIMIT_DATA), then `--random` budgets between the smallest and 2 GiB. With `exact: true`: losses are the same to rounding.
 Prints a table; `--json` one line for scripts. The exit code is 1 where a budget was not kept.
 """
 
@@ -89,7 +89,7 @@ def main() -> int:
     least = smallest(told.folder)
     draw = random.Random(0)
     budgets = [("2 GiB", 2048 * MIB), ("1 GiB", 1024 * MIB), ("the smallest", least)]
-    budgets += [(f"random {n}", draw.randrange(least, 3072 * MIB, MIB)) for n in range(told.random)]
+    budgets += [(f"random {n}", draw.randrange(least, 2048 * MIB, MIB)) for n in range(told.random)]
     rows = [trained(told.folder, name, budget) for name, budget in budgets]
     below = trained(told.folder, "below the smallest", least - 32 * MIB)
     limited = [trained(told.folder, f"limit {limit >> 20} MiB", None, limit) for limit in (2048 * MIB, 1280 * MIB)]
