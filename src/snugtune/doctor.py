@@ -90,7 +90,7 @@ def examine(quick: bool = False) -> Report:
 
 
 def _cache_parts() -> tuple[machine.Folder, ...]:
-    """What snugtune keeps, each kind in a folder of its own: tokens, streamed weights, converted GGUF files."""
+    """What snugtune keeps, each kind in a folder of its own: tokens, traces, streamed weights, converted GGUF files, ..."""
     parts = sorted(path for path in cache_dir().glob("*") if path.is_dir())
     return tuple(machine.folder(f"SNUGTUNE_CACHE/{path.name}", path, count=True) for path in parts)
 
