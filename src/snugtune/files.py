@@ -32,7 +32,7 @@ _REPLACED = ".old-"
 
 
 def cache_dir() -> Path:
-    """Where converted models, tokenised data, traces and what was measured of the machine are kept: $SNUGTUNE_CACHE, else the user's cache folder."""
+    """Where what can be made again is kept (converted models, tokens, traces): $SNUGTUNE_CACHE, else the user's cache folder."""
     chosen = os.environ.get("SNUGTUNE_CACHE")
     if chosen:
         return Path(chosen)

@@ -13,7 +13,7 @@ from snugtune.data.mix import step_indices, total_steps
 from snugtune.data.pack import cut_step
 from snugtune.errors import DoesNotFitError, InputError
 from snugtune.memory.demand import LOOKED_AT, full_chunk, largest_chunk
-from snugtune.memory.estimate import Estimate, Work
+from snugtune.memory.estimate import Estimate, UntraceableError, Work
 from snugtune.memory.fit import CHOSEN, Question, fit, leanest
 from snugtune.memory.plan import make_plan
 from snugtune.memory.speed import ASSUMED, Size, seconds_a_token
@@ -32,7 +32,8 @@ def config_of(plan: dict[str, Any] | None = None, **more: Any) -> RunConfig:
 def predict(plan: Plan, works: Sequence[Work]) -> Estimate:
     weights = {"fp32": 8, "bf16": 8, "int8": 4, "nf4": 2}[plan.weights] * GIB // (4 if plan.offload == "weights" else 1)
     tokens = max(sum(work.lengths) for work in works)
-    kept = tokens * GIB // 256 // (1 if plan.recompute == "none" else 4) // (2 if plan.offload == "activations" else 1)
+    share = {"none": 0.0, "blocks": 1.0}[plan.recompute] if isinstance(plan.recompute, str) else 1 / plan.recompute
+    kept = int(tokens * GIB // 256 * (1 - 0.75 * share)) // (2 if plan.offload == "activations" else 1)
     state = (2 if plan.optimizer_state == "fp32" else 1) * GIB
     return Estimate(weights, GIB, GIB, state, kept, 0, 0, 0, "backward")
 
@@ -85,6 +86,29 @@ def test_the_quickest_that_fits_is_chosen_and_quicker_ones_are_told_of(budget: i
     assert facts["fits"] and facts["budget_bytes"] == budget * GIB
     assert facts["estimate"]["total_bytes"] == fitted.chosen.estimate.total
     assert len(facts["rejected"]) == len(fitted.rejected)
+
+
+def test_some_blocks_are_recomputed_where_that_is_enough() -> None:
+    pins = {"offload": "none", "micro_batch": 4, "weights": "fp32", "optimizer_state": "fp32"}
+    chosen = [fit(question(pins), round(budget * GIB)).chosen.planned.plan.recompute for budget in (29, 26, 23, 17)]
+    assert chosen == ["none", 4, 2, "blocks"]
+
+
+def test_a_width_whose_leanest_plan_does_not_fit_is_not_gone_through() -> None:
+    fitted = fit(question(), 5 * GIB)
+    assert fitted.chosen.planned.plan.weights in NARROW
+    assert [c.planned.plan.weights for c in fitted.rejected[1:]] == [fitted.chosen.planned.plan.weights] * len(
+        fitted.rejected[1:]
+    )
+
+
+def test_a_model_that_recomputes_all_blocks_or_none_has_the_other_plans() -> None:
+    def some(plan: Plan, works: Sequence[Work]) -> Estimate:
+        if isinstance(plan.recompute, int):
+            raise UntraceableError("all or none")
+        return predict(plan, works)
+
+    assert fit(replace(question({"offload": "none"}), predict=some), 13 * GIB).chosen.planned.plan.recompute == "blocks"
 
 
 def test_pins_stay() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from snugtune.config import JobConfig, PlanConfig
 from snugtune.errors import DoesNotFitError, InputError
-from snugtune.memory.estimate import Estimate, Work
+from snugtune.memory.estimate import Estimate, UntraceableError, Work
 from snugtune.memory.plan import Planned
 from snugtune.types import NARROW, Plan, Width
 from snugtune.words import gib
@@ -104,12 +104,17 @@ def quickest(question: Question, budget: int) -> Fitted | Candidate:
     candidate = looked_at(question, plain)
     if candidate.needs <= budget:
         return Fitted(_told(candidate, (), budget), budget)
-    least = leanest(question) if others else candidate
+    lean = _lean(question) if others else [candidate]
+    least = min(lean, key=lambda c: c.needs)
     if least.needs > budget:
         return least
-    rejected = [candidate]
-    for planned in sorted(others, key=lambda p: (_rounds(p.plan), question.price(p.plan))):
-        candidate = looked_at(question, planned)
+    rejected, fitting = [candidate], {c.planned.plan.weights for c in lean if c.needs <= budget}
+    hopeful = (planned for planned in others if planned.plan.weights in fitting)
+    for planned in sorted(hopeful, key=lambda p: (_rounds(p.plan), question.price(p.plan))):
+        try:
+            candidate = looked_at(question, planned)
+        except UntraceableError:  # not every model can recompute some of its blocks
+            continue
         if candidate.needs <= budget:
             return Fitted(_told(candidate, rejected, budget), budget, tuple(rejected))
         rejected.append(candidate)
@@ -118,8 +123,12 @@ def quickest(question: Question, budget: int) -> Fitted | Candidate:
 
 def leanest(question: Question) -> Candidate:
     """The plan that takes the least, of those that set each knob to spare."""
-    plans = _plans(question, _variants(question, lean=True))
-    return min((looked_at(question, planned) for planned in plans), key=lambda c: c.needs)
+    return min(_lean(question), key=lambda c: c.needs)
+
+
+def _lean(question: Question) -> list[Candidate]:
+    """The plans that set each knob to spare, in each width that the base may have."""
+    return [looked_at(question, planned) for planned in _plans(question, _variants(question, lean=True))]
 
 
 def looked_at(question: Question, planned: Planned) -> Candidate:
@@ -153,7 +162,7 @@ def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
     choices: Mapping[str, Sequence[Any]] = {
         "weights": ("auto", *narrow),
         "micro_batch": [size or "auto" for size in sizes] if usual else ["auto", 1],
-        "recompute": ("none", "blocks"),
+        "recompute": ("none", 4, 2, "blocks"),
         "offload": ("none", "activations", "weights"),
         "gradients": ("kept", "released"),
         "optimizer_state": ("fp32",) if exact else ("fp32", "8bit"),
@@ -163,8 +172,8 @@ def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
     open_ = {name: values for name, values in choices.items() if getattr(pins, name) == "auto"}
     for values in itertools.product(*open_.values()):
         chosen = dict(zip(open_, values, strict=True))
-        if chosen.get("offload") == "activations" and chosen.get("recompute") == "none":
-            continue  # the same as with recompute
+        if chosen.get("offload") == "activations" and chosen.get("recompute", "blocks") != "blocks":
+            continue  # what is recomputed is kept elsewhere: of all blocks, or it is not worth it
         yield pins.model_copy(update=chosen)
 
 
