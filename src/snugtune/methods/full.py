@@ -4,7 +4,7 @@ In bf16 or fp16 the optimizer works on fp32 master weights; gradients leave the 
 accumulate in fp32 (mixed-precision training, Micikevicius et al. 2017, arXiv 1710.03740).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -115,7 +115,7 @@ class FullAttached:
     def state(self) -> dict[str, Tensor]:
         return {name: master.detach() for name, master in self.masters.items()}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[name])

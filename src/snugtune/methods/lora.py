@@ -7,7 +7,7 @@ are computed with in the base's dtype.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -143,7 +143,7 @@ class LoraAttached:
     def state(self) -> dict[str, Tensor]:
         return {"flat": self.flat.detach()}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         released = len(self.flat) < self.total
         if released:
             self.flat.data = self._buffer()  # the optimizer knows it by its identity

@@ -1,5 +1,6 @@
 """What every way of tuning a base offers to the trainer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -41,7 +42,7 @@ class Attached(Protocol):
         """Everything that trains, exact, by stable names: what a checkpoint holds."""
         ...
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`, and of `release`."""
         ...
 

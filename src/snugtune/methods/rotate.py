@@ -5,6 +5,7 @@ Only what trains has masters, gradients and optimizer state; they are made anew 
 2403.17919). Ours: the package badam keeps its turns from checkpoints, and draws them from the global generator.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -54,7 +55,7 @@ class RotateAttached(FullAttached):
         weights = self.base.model.named_parameters()
         return {name: self.masters.get(name, weight).detach() for name, weight in weights if name in whole}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name in self.state():
                 self.base.model.get_parameter(name).copy_(tensors[name])

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from snugtune.config import JobConfig
 from snugtune.errors import InputError
@@ -23,6 +23,7 @@ from snugtune.training.job import Best, Ended, Job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.recut import Change, Knob
 from snugtune.training.rest import write_tensors
+from snugtune.training.stored import Stored
 from snugtune.types import Plan
 
 FORMAT = 7
@@ -125,7 +126,7 @@ class Checkpoint:
             )
         try:
             _check(_Numbers, numbers)
-            job.load_state(load_file(self.folder / f"{job.name}.safetensors"), numbers)
+            job.load_state(Stored(self.folder / f"{job.name}.safetensors"), numbers)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             why = f"the checkpoint of job '{job.name}' cannot be read: {error}"
             raise InputError(f"{self.folder}: {why}; delete it to go on from the one before") from error
@@ -189,7 +190,7 @@ def load_job(folder: Path, job: Job, base: str) -> None:
         raise InputError(f"{folder}: the state of a job with other data than job '{job.name}' has")
     try:
         _check(_Numbers, numbers)
-        tensors = load_file(folder / "state.safetensors")
+        tensors = Stored(folder / "state.safetensors")
         weights = {f"weights.{name}": weight.shape for name, weight in job.attached.state().items()}
         if {name: t.shape for name, t in tensors.items() if name.startswith("weights.")} != weights:
             raise ValueError("its weights have other names or shapes")
@@ -216,7 +217,7 @@ def load_best(root: Path, job: Job) -> None:
     """Bring the job's weights back to its best evaluation. Raises `InputError`."""
     file = _best(root, job) / "weights.safetensors"
     try:
-        job.attached.load_state(load_file(file))
+        job.attached.load_state(Stored(file))
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{file}: the best state of job '{job.name}' cannot be read: {error}") from error
 

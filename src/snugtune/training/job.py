@@ -23,6 +23,7 @@ from snugtune.training.examples import JobData
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.recut import is_out_of_memory
 from snugtune.training.release import StepInBackward
+from snugtune.training.stored import Below
 from snugtune.types import FULL_FORWARD, HEAD_ROWS, Chunk, Plan
 
 _COUNTERS = (
@@ -246,9 +247,9 @@ class Job:
             large = {name: tensors[f"optimizer.{index}.{name}"] for name in entry["tensors"]}
             if any(list(tensor.shape) != entry["tensors"][name] for name, tensor in large.items()):
                 raise ValueError("the optimizer's state has other shapes than it should")
-            owned = {name: tensor.clone() for name, tensor in large.items()}  # not the file's own pages, mapped
+            owned = {name: tensor.clone() for name, tensor in large.items()}  # whoever gave them keeps theirs
             state[int(index)] = {**entry["numbers"], **owned}
-        self.attached.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+        self.attached.load_state(Below(tensors, "weights."))
         if self.at_rest is not None:
             self.optimizer.param_groups[0]["params"] = stepped(self.attached, self.config)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})

@@ -10,11 +10,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from snugtune.errors import StorageError
 from snugtune.files import cache_dir, link_or_copy, remove_abandoned, scratch_folder, whole_file
 from snugtune.training.job import Guard, Job
+from snugtune.training.stored import Stored
 
 _NAME = "resting"
 _TO_WRITE = 2 << 20
@@ -68,7 +69,7 @@ class Residence:
         file = job.at_rest
         assert file is not None
         try:
-            job.wake(load_file(file))
+            job.wake(Stored(file))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             why = f"cannot read {file}, where job '{job.name}' rests: {error}"
             raise StorageError(f"{why}; run again, it goes on from the last checkpoint") from error
