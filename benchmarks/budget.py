@@ -10,6 +10,7 @@ import json
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,8 @@ STEPS, LENGTH, BATCH = 3, 512, 2
 def trained(folder: Path, name: str, budget: int | None, limit: int | None = None) -> dict[str, Any]:
     """One run within `budget` bytes, or in a process that may have `limit` bytes of data: what it was planned and took."""
     place = folder / name
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # a run that was broken off would be resumed
+    place.mkdir(parents=True)
     fields: dict[str, Any] = {"model": "demo", "data": str(folder / "data.jsonl"), "objective": {"type": "clm"}}
     fields |= {"steps": STEPS, "max_seq_len": LENGTH, "batch_size": BATCH, "method": {"type": "lora"}, "plan": {"exact": True}}
     fields |= {"output": str(place / "run")} | ({} if budget is None else {"memory": f"{budget / MIB:.0f}MiB"})

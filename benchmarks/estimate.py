@@ -7,6 +7,7 @@ it loaded and what it took (`plan.json`). Interrupted, the same command goes on;
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -124,7 +125,8 @@ def _make(place: Path, fields: dict[str, Any]) -> None:
 def measured(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run: what was predicted, what it took. In bytes."""
     place = folder / "runs" / "".join(c if c.isalnum() else "-" for c in name)
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # a run that was broken off would be resumed
+    place.mkdir(parents=True)
     file = place / "config.yaml"
     told = {**fields, "data": str(folder / "data.jsonl"), "objective": {"type": "clm"}, "steps": 2, "output": str(place / "run")}
     file.write_text(yaml.safe_dump(told), encoding="utf-8")
