@@ -35,7 +35,7 @@ from common import (
 )
 from safetensors.torch import load_file, save_file
 
-from snugtune.files import claimed
+from snugtune.files import claimed, remove_leftovers
 
 STEPS = 40
 RECORDS = [messages(f"What about {i}?", f"It is {i * i}, or so.", "Sure?", "Yes" + "!" * (i % 4)) for i in range(24)]
@@ -241,6 +241,7 @@ def test_changed_data_is_not_trained_on_unnoticed(place: Path, truth: Path) -> N
     killed_after(place, 8)
     write_lines(place / "data.jsonl", RECORDS[::-1])
     (place / "run/.lock").unlink()  # the killed process' own
+    remove_leftovers(place / "run")  # which it may have been in the middle of
     before = contents(place / "run")
     assert_refused(train(place), "data: the examples of job 'default' are not those")
     assert contents(place / "run") == before
