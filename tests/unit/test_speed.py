@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quantised import plan_of
+from snugtune.errors import StorageError
 from snugtune.memory import probe
 from snugtune.memory.probe import measure, speed_of
 from snugtune.memory.speed import ASSUMED, Size, Speed, seconds_a_token
@@ -70,6 +71,18 @@ def test_a_machine_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     (file,) = (cache / "speed").iterdir()
     file.write_text("{}")
     assert speed_of("cpu", "fp32", 1) == SPEED and len(ran) == 2
+
+
+def test_what_cannot_be_kept_was_measured_all_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, json.dumps(asdict(SPEED)), "")
+
+    def refuse(*_: object) -> None:
+        raise StorageError("full")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(probe, "write_whole", refuse)
+    assert speed_of("cpu", "fp32", 1) == SPEED
 
 
 def test_one_that_cannot_be_measured_stops_nobody(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

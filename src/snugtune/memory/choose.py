@@ -103,8 +103,10 @@ def question_of(
             plan, works, runtime(plan, here, malloc, model.files(), model.is_computed_with_as_it_lies(plan))
         )
 
+    speed_here = functools.cache(speed_of)  # asked once for many plans, also where it cannot be kept
+
     def price(plan: Plan) -> float:
-        speed = speed_of(plan.device, plan.compute, plan.threads, _is_here(plan.device))
+        speed = speed_here(plan.device, plan.compute, plan.threads, _is_here(plan.device))
         tokens = max(sum(work.lengths) for work in demand(plan))
         full = any(not METHODS[type(job.method)].routable for job in jobs)
         return seconds_a_token(plan, speed, Size(estimator.numbers, max(1, tokens), _inputs(model.config, plan), full))

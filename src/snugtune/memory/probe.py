@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,9 +49,10 @@ def speed_of(device: str, compute: Dense, threads: int, here: bool = True) -> Sp
         command = [sys.executable, "-P", "-m", "snugtune.memory.probe", device, compute, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = Speed(**json.loads(done.stdout))
-        write_whole(path, json.dumps(asdict(found)))
     except (StorageError, subprocess.CalledProcessError, ValueError):
         return ASSUMED[device]  # a full disk, no memory: it decides an order, and stops nobody
+    with suppress(StorageError):  # then it is measured again
+        write_whole(path, json.dumps(asdict(found)))
     return _of_threads(found, threads)
 
 
