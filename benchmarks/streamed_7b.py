@@ -3,10 +3,10 @@
     python benchmarks/streamed_7b.py /tmp/7b                  # writes 4.1 GB there, and 3.4 GiB of blocks to stream
     python benchmarks/streamed_7b.py /tmp/1b --layers 16 --width 2048 --inner 5632 --heads 32 --limit 1 --json result.json
 
-The training is that of `snugtune train`, in a process whose RLIMIT_DATA is the limit: what asks for more dies. A phase's peak is
-that of its resident memory (VmHWM, set back after each), which counts the pages of programs and libraries too. Exits with 1 where
-a peak is above the limit, or where the training did not survive it. What is written stays, and is used again; `--resident` keeps
-the weights in memory instead.
+The training is that of `snugtune train`, which is told `memory: 2GiB` and plans by itself how to stay within it, in a process
+whose RLIMIT_DATA is the limit: what asks for more dies. A phase's peak is that of its resident memory (VmHWM, set back after each),
+which counts the pages of programs and libraries too. Exits with 1 where a peak is above the limit, or where the training did not
+survive it. What is written stays, and is used again; `--resident` tries it with the weights in memory, whatever the limit.
 """
 
 import argparse
@@ -46,10 +46,9 @@ class Phases:
 
     def note(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
-        if text.startswith("data (") and "loading" not in self.ended:
-            self.end_of("loading")
-        if text.startswith("checked: "):
-            self.end_of("self-test")
+        for begin, phase in (("plan: ", "planning"), ("model: ", "loading"), ("checked: ", "self-test")):
+            if text.startswith(begin) and phase not in self.ended:
+                self.end_of(phase)
 
     def track(self, items: Sequence[Any], what: str) -> Iterable[Any]:
         return items
@@ -82,7 +81,7 @@ def train(folder: Path, steps: int, rank: int, resident: bool, limit: int, over_
         status = Path("/proc/self/status").read_text().splitlines()
         limit += next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    config = {
+    config: dict[str, Any] = {
         "model": str(folder / "model"),
         "data": str(_data(folder)),
         "output": str(folder / "run"),
@@ -91,12 +90,17 @@ def train(folder: Path, steps: int, rank: int, resident: bool, limit: int, over_
         "steps": steps,
         "validation": 0.1,
         "method": {"type": "lora", "r": rank},
-        "plan": {"offload": "none" if resident else "weights", "recompute": "blocks"},
     }
+    if not over_imports:  # else there is what the limit leaves
+        config["memory"] = f"{limit}B"
+    if resident:
+        config |= {"memory": "1TiB", "plan": {"offload": "none", "recompute": "blocks"}}
     snugtune.run.train(to_config(config), phases)
     phases.end_of("saving")
     found = [{"phase": phase, "seconds": seconds, "peak": peak} for phase, (seconds, peak) in phases.ended.items()]
-    return {"limit": limit, "peak": max(phase["peak"] for phase in found), "phases": found}
+    plan = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
+    predicted = plan["estimate"]["total_bytes"]
+    return {"limit": limit, "predicted": predicted, "peak": max(phase["peak"] for phase in found), "phases": found}
 
 
 def _data(folder: Path) -> Path:
@@ -113,10 +117,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     for name, default in (("layers", 32), ("width", 4096), ("inner", 11008), ("heads", 32), ("vocab", 32000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA, on all linears")
+    parser.add_argument("--rank", type=int, default=1, help="of LoRA, on all linears")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--limit", type=float, default=2.0, help="GiB")
-    parser.add_argument("--over-imports", action="store_true", help="the limit is on top of what the imports take")
+    parser.add_argument(
+        "--over-imports", action="store_true", help="the limit is on top of what the imports take, and no memory is told"
+    )
     parser.add_argument("--resident", action="store_true", help="the weights stay in memory")
     parser.add_argument("--json", type=Path, help="write what was measured there")
     parser.add_argument("--here", action="store_true", help="only train, in this process, and print JSON")
@@ -138,6 +144,7 @@ def main() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     rows = [(p["phase"], f"{p['seconds']:.0f}", f"{p['peak'] / MIB:.0f}") for p in found["phases"]]
     print(table(("phase", "seconds", "peak MiB"), rows))
+    print(f"predicted before it was loaded: {found['predicted'] / MIB:.0f} MiB")
     if told.json is not None:
         told.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if found["peak"] > found["limit"]:

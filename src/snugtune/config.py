@@ -246,6 +246,10 @@ class PlanConfig(Config):
         default="auto",
         description="weights: those of the blocks stay on disk; activations: the blocks' inputs do, with recompute",
     )
+    head_rows: int | Literal["auto"] = Field(
+        default="auto",
+        description="of so many tokens the logits are in memory at a time; auto: 256, or fewer to spare memory",
+    )
     exact: bool = Field(
         default=False, description="never choose a base in fewer bits, nor optimizer state, where that is left to the planner"
     )
@@ -266,7 +270,7 @@ class PlanConfig(Config):
             raise ValueError("outlier_threshold: only for weights: int8")
         return self
 
-    @field_validator("micro_batch", "recompute", "resident_jobs")
+    @field_validator("micro_batch", "recompute", "head_rows", "resident_jobs")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:

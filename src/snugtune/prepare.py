@@ -14,13 +14,12 @@ from snugtune.files import user_path
 from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.machine import keep_few_kernels
-from snugtune.memory.budget import Watch, free_memory
-from snugtune.memory.choose import Model, budget_of, planned_within
+from snugtune.memory.budget import Watch
+from snugtune.memory.choose import Model, budget_of, planned_by_rule, planned_within
 from snugtune.memory.estimate import UntraceableError
 from snugtune.memory.fit import Fitted
 from snugtune.memory.measured import Forecast, Meter
-from snugtune.memory.plan import Planned, make_plan, settled, taking_turns
-from snugtune.methods import METHODS
+from snugtune.memory.plan import Planned, make_plan, taking_turns
 from snugtune.model.base import Base, Found, load_base
 from snugtune.model.load import load_config, load_tokenizer, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
@@ -30,7 +29,7 @@ from snugtune.observer import Observer
 from snugtune.session import Session
 from snugtune.training.checkpoint import Checkpoint, latest_checkpoint
 from snugtune.training.examples import JobData, JobText, read_job, tokenize_job
-from snugtune.training.job import chunk_tokens, length_remark, start_job
+from snugtune.training.job import length_remark, start_job
 from snugtune.training.metrics import StepMetrics
 from snugtune.training.trainer import Trainer
 from snugtune.types import NARROW
@@ -54,12 +53,13 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     data = _tokenised(config, texts, found[0], observer)
     fitted = None
     if checkpoint is None:
+        model = Model(source, model_config, stored, apart)
         try:
-            fitted = planned_within(config, Model(source, model_config, stored, apart), data)
+            fitted = planned_within(config, model, data)
             planned = fitted.chosen.planned
         except UntraceableError as error:
             observer.note(f"plan: {error}; the knobs are set by rule")
-            planned = make_plan(config, stored, apart)
+            planned = planned_by_rule(config, model, data)
     else:
         planned = _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
@@ -68,8 +68,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         observer.note("memory: the allocator gives blocks from 128 KiB on back at once (M_MMAP_THRESHOLD)")
     watch = Watch(planned.plan.device, None if config.memory is None else bytes_of(config.memory))
     base = _load(source, planned, checkpoint, config, observer, found)
-    if checkpoint is None and config.plan.execution == "auto" and planned.plan.fused_tokens:
-        planned = _settled(planned, config, data, base, observer.note)
+    watch.give_back()  # what loading left, before the largest weights are decoded beside it
     planned = proved(planned, base, config.plan.execution == "fused", observer.note)
     trainer = Trainer(base, planned.plan, watch, stop.is_set, folder.path, observer.note)
     session = Session(config, folder, planned, trainer, told=folder.read_jobs())
@@ -79,6 +78,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
         _start_jobs(session, data, checkpoint, observer)
         if (planned.plan.weights in NARROW or planned.plan.offload != "none") and (checked := check_gradients(base)).linears:
             observer.note(f"checked: {checked}")
+        watch.give_back()
     except BaseException:
         trainer.close()
         raise
@@ -97,17 +97,6 @@ def _meter(config: RunConfig, watch: Watch, fitted: Fitted | None, before: Mappi
     known = before if fitted is None else fitted.facts()
     budget = budget_of(config, watch.device) if fitted is None else fitted.budget
     return Meter(watch, budget, Forecast.of(known.get("estimate")), before.get("measured"))
-
-
-def _settled(planned: Planned, config: RunConfig, data: Mapping[str, JobData], base: Base, note: Say) -> Planned:
-    """The plan, with jobs in turns where sharing gains nothing or takes more memory than there is."""
-    jobs = config.resolved_jobs()
-    chunks = [chunk_tokens(job, data[job.name], planned.plan) for job in jobs]
-    numbers = [METHODS[type(job.method)].numbers(base, job.method) for job in jobs]
-    found = settled(planned, chunks, numbers, free_memory(planned.plan.device))
-    if found is not planned:
-        note(f"plan: {found.reasons[-1]}")
-    return found
 
 
 def _tokenised(

@@ -172,7 +172,7 @@ def test_config_is_kept_resolved(trained: Trained) -> None:
     assert kept["method"]["target_modules"] == "all-linear"
     assert kept["optimizer"] == {"type": "adamw", "lr": RATE, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     assert kept["schedule"] == {"type": "cosine", "warmup": WARMUP}
-    knobs = ("micro_batch", "recompute", "optimizer_state", "gradients", "offload", "execution", "resident_jobs")
+    knobs = ("micro_batch", "recompute", "optimizer_state", "gradients", "offload", "head_rows", "execution", "resident_jobs")
     free = dict.fromkeys(knobs, "auto")
     assert kept["plan"] == {"weights": "fp32", "double_quant": False, "outlier_threshold": 0.0, "exact": False, **free}
 

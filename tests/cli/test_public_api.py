@@ -46,7 +46,7 @@ CONFIG_FIELDS = {
     "CosineConfig": ["warmup", "type"],
     "WsdConfig": ["warmup", "type", "cooldown", "shape"],
     "PlanConfig": ["weights", "double_quant", "outlier_threshold", "micro_batch", "recompute", "optimizer_state",
-                   "gradients", "offload", "exact", "execution", "resident_jobs"],
+                   "gradients", "offload", "head_rows", "exact", "execution", "resident_jobs"],
 }  # fmt: skip
 
 RESOLVED = """\
@@ -117,6 +117,7 @@ plan:
   optimizer_state: auto
   gradients: auto
   offload: auto
+  head_rows: auto
   exact: false
   execution: auto
   resident_jobs: auto

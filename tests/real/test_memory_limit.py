@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LAYERS = 24  # 173 MiB in nf4
-LIMIT = 0.19  # GiB over the imports; streaming takes about 0.15
+LIMIT = 0.21  # GiB over the imports; streaming takes about 0.15
 
 
 def _begun(folder: Path, *options: str) -> "subprocess.Popen[str]":
@@ -45,7 +45,7 @@ def test_streamed_training_survives_a_limit_that_resident_training_does_not(
     assert second.returncode == 1 and "the training did not survive its limit" in refused
     assert "allocate memory" in refused, refused
     found = json.loads(report.read_text())
-    phases = ["imports", "loading", "self-test", "evaluation", "step 1", "saving"]
+    phases = ["imports", "planning", "loading", "self-test", "evaluation", "step 1", "saving"]
     assert [phase["phase"] for phase in found["phases"]] == phases
     assert all(f"| {phase} |" in shown for phase in phases)
     peaks = {phase["phase"]: phase["peak"] for phase in found["phases"]}

@@ -209,7 +209,7 @@ ELSEWHERE = [
     ({"method": {"lr": 1e-3}}, "method: unknown field 'lr'; did you mean 'optimizer.lr'?"),
     ({"optimizer": {"learning_rate": 1e-3}}, "optimizer: unknown field 'learning_rate'; did you mean 'lr'?"),
     ({"plan": {"zero": 1}}, "plan: unknown field 'zero'; there are weights, double_quant, outlier_threshold, "
-     "micro_batch, recompute, optimizer_state, gradients, offload, exact, execution, resident_jobs"),
+     "micro_batch, recompute, optimizer_state, gradients, offload, head_rows, exact, execution, resident_jobs"),
     (
         {"jobs": [{"name": "a", "model": "x"}]},
         "jobs.0: unknown field 'model' of a job; it is the whole run's: give it once, at the top level",

@@ -254,8 +254,11 @@ def test_a_runtime_is_added_and_its_holes_are_a_share_of_what_comes_and_goes() -
     moving = plain.activations + plain.logits + plain.transients
     assert holed.runtime == 1000 + round(0.5 * moving)
     assert plain.total == sum(plain.parts().values())
-    mapped = Estimator(config).estimate(plan, [work], Runtime(0, mapped=1 << 30))
-    assert (mapped.when, mapped.total) == ("load", (1 << 30) + plain.weights)
+    read = Estimator(config).estimate(plan, [work], Runtime(0, stored=1 << 20))
+    largest = sorted((p.numel() for p in hollow_model(config, plan).parameters()), reverse=True)
+    assert (read.when, read.total) == ("load", (sum(largest[:4]) << 20) + plain.weights)
+    narrow = Estimator(config).estimate(replace(plan, weights="nf4"), [work], Runtime(0, stored=1 << 20))
+    assert (narrow.when, narrow.transients) == ("load", largest[0] << 20)
 
 
 class _Config(LlamaConfig):

@@ -111,6 +111,41 @@ def test_a_model_that_recomputes_all_blocks_or_none_has_the_other_plans() -> Non
     assert fit(replace(question({"offload": "none"}), predict=some), 13 * GIB).chosen.planned.plan.recompute == "blocks"
 
 
+def test_a_few_logits_at_a_time_come_after_recompute() -> None:
+    """They save what `head_rows` of them take, and nothing that a plan with room would want."""
+
+    def scoring(plan: Plan, works: Sequence[Work]) -> Estimate:
+        return replace(predict(plan, works), logits=plan.head_rows * GIB // 128, when="head")
+
+    asked = replace(
+        question({"weights": "fp32", "offload": "none", "micro_batch": 4, "optimizer_state": "fp32"}), predict=scoring
+    )
+    chosen = [fit(asked, round(budget * GIB)).chosen.planned for budget in (31, 19, 17)]
+    assert [(p.plan.recompute, p.plan.head_rows) for p in chosen] == [("none", 256), ("blocks", 256), ("blocks", 64)]
+    assert "logits of at most 64 tokens at a time" in chosen[2].reasons
+    with pytest.raises(DoesNotFitError, match=r"plan\.head_rows: auto"):
+        fit(replace(asked, pins=asked.pins.model_copy(update={"head_rows": 256, "recompute": "blocks"})), 17 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("budget", "execution", "fused", "resident"),
+    [(30, "auto", True, 0), (16, "auto", False, 0), (13, "auto", False, 1), (60, "interleaved", False, 0)],
+)
+def test_jobs_share_forwards_take_turns_or_rest(budget: int, execution: str, fused: bool, resident: int) -> None:
+    """Of four: all have gradients at once where they share, and state where none rests."""
+
+    def held(plan: Plan, works: Sequence[Work]) -> Estimate:
+        there, at_once = plan.resident_jobs or 4, 4 if plan.fused_tokens else 1
+        return Estimate(8 * GIB, there * GIB, at_once * GIB, 0, 0, 0, 0, 0, "backward")
+
+    pins = {"weights": "fp32", "offload": "none", "recompute": "none", "execution": execution}
+    asked = replace(question(pins, jobs=[{"name": name} for name in "abcd"]), predict=held)
+    chosen = fit(asked, budget * GIB).chosen.planned
+    assert (bool(chosen.plan.fused_tokens), chosen.plan.resident_jobs) == (fused, resident)
+    asked_for = execution == "interleaved"
+    assert fused or f"4 jobs take turns ({'as asked' if asked_for else 'to spare memory'})" in chosen.reasons
+
+
 def test_pins_stay() -> None:
     pins = {"recompute": "none", "weights": "fp32", "optimizer_state": "fp32"}
     plan = fit(question(pins), 11 * GIB).chosen.planned.plan

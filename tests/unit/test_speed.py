@@ -47,6 +47,12 @@ def test_inputs_that_are_kept_elsewhere_are_written_and_read() -> None:
     assert takes(recompute="blocks", offload="activations") - takes(recompute="blocks") == pytest.approx(2e5 / 1e9)
 
 
+def test_jobs_that_rest_are_written_and_read_for_each_step() -> None:
+    size = replace(SIZE, state=SIZE.tokens * SPEED.written)  # a second a token for either way
+    assert takes(size, resident_jobs=1) == pytest.approx(takes(size) + 2)
+    assert takes(size, resident_jobs=1, offload="weights") == pytest.approx(takes(size, offload="weights") + 2)
+
+
 def test_fewer_tokens_a_forward_are_slower() -> None:
     assert 1.1 <= takes(replace(SIZE, tokens=512)) / takes() <= 1 / 0.86  # as it was measured
 

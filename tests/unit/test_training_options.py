@@ -20,7 +20,7 @@ from conftest import sequences, tiny_base, tiny_tokenizer
 from snugtune.config import JobConfig, to_config
 from snugtune.data.pack import collate, make_chunk
 from snugtune.errors import InputError, Interrupted
-from snugtune.memory.plan import Planned, settled
+from snugtune.memory.plan import Planned, unless_idle
 from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.observer import Silent
 from snugtune.optim import AdafactorConfig, AdamWConfig, LionConfig, SgdConfig
@@ -450,18 +450,6 @@ def test_a_shortage_of_memory_is_no_jobs_own() -> None:
 )
 def test_forwards_are_shared_where_two_chunks_are_short(chunks: list[float], room: int, shared: bool) -> None:
     plan = Planned(Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", fused_tokens=room), ())
-    found = settled(plan, chunks, [1000] * len(chunks), 2**30)
+    found = unless_idle(plan, chunks)
     assert bool(found.plan.fused_tokens) == shared and (found is plan) == (shared or not room)
     assert found is plan or found.reasons[-1].startswith("jobs take turns after all")
-
-
-@pytest.mark.parametrize(
-    ("resident", "free", "shared"),
-    [(0, 32 * 3000, True), (0, 32 * 3000 - 1, False), (2, 32 * 2500, True), (2, 32 * 2500 - 1, False)],
-)
-def test_forwards_are_shared_where_all_their_gradients_fit(resident: int, free: int, shared: bool) -> None:
-    """Sixteen bytes for each number that trains, in half of what is free; of jobs that rest only so many count."""
-    plan = Planned(Plan("cpu", "fp32", 1, "none", 512, 1, "fp32", fused_tokens=512, resident_jobs=resident), ())
-    found = settled(plan, [16.0] * 3, [1500, 500, 1000], free)
-    assert bool(found.plan.fused_tokens) == shared
-    assert shared or "with all their gradients they take" in found.reasons[-1]

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -17,7 +16,7 @@ from snugtune.memory.demand import full_chunk, largest_chunk
 from snugtune.memory.estimate import Estimate, Estimator, Work
 from snugtune.memory.fit import Fitted, Question, fit
 from snugtune.memory.kept import TraceCache
-from snugtune.memory.plan import Planned, make_plan
+from snugtune.memory.plan import Planned, make_plan, unless_idle
 from snugtune.memory.probe import speed_of
 from snugtune.memory.process import runtime
 from snugtune.memory.speed import Size, seconds_a_token
@@ -25,6 +24,7 @@ from snugtune.methods import METHODS
 from snugtune.model.load import DTYPES
 from snugtune.model.source import ModelSource
 from snugtune.training.examples import JobData
+from snugtune.training.job import chunk_tokens
 from snugtune.types import Plan, Width
 from snugtune.words import bytes_of
 
@@ -38,14 +38,11 @@ class Model:
     stored: Width | None
     apart: str | None
 
-    def files(self) -> list[Path]:
-        """Those of its weights that lie in a local folder."""
-        folder = Path(self.source.location)
-        return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-
-    def is_computed_with_as_it_lies(self, plan: Plan) -> bool:
-        """Whether its files' pages are the weights: these are mapped, where their format is that of the plan."""
-        return plan.device == "cpu" and self.config.dtype == DTYPES.get(plan.weights)
+    def read(self, plan: Plan) -> int:
+        """Bytes of a number in its files; 0 where their pages are the weights: mapped, if their format is that of the plan."""
+        stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+        plain = plan.offload != "weights" and stored == DTYPES.get(plan.weights)
+        return 0 if plain else stored.itemsize
 
 
 def estimator_of(model: Model, trust_remote_code: bool) -> Estimator:
@@ -58,6 +55,14 @@ def planned_within(config: RunConfig, model: Model, data: Mapping[str, JobData])
     """The quickest plan within the config's budget, or else within what the device has free. Raises `DoesNotFitError`."""
     question = question_of(config, model, data)
     return fit(question, budget_of(config, question.make(config.plan).plan.device))
+
+
+def planned_by_rule(config: RunConfig, model: Model, data: Mapping[str, JobData] | None, elsewhere: bool = False) -> Planned:
+    """The plan that the config's pins give by themselves. `elsewhere`: for a machine that may have other devices."""
+    planned = make_plan(config, model.stored, model.apart, elsewhere)
+    if data is None or config.plan.execution != "auto":
+        return planned
+    return unless_idle(planned, [chunk_tokens(job, data[job.name], planned.plan) for job in config.resolved_jobs()])
 
 
 def budget_of(config: RunConfig, device: str) -> int:
@@ -85,7 +90,7 @@ def question_of(
     malloc = allocator.of_a_run() if elsewhere else allocator.name()
 
     def make(pins: PlanConfig) -> Planned:
-        return make_plan(config.model_copy(update={"plan": pins}), model.stored, model.apart, elsewhere)
+        return planned_by_rule(config.model_copy(update={"plan": pins}), model, data, elsewhere)
 
     usual = make(config.plan).plan
 
@@ -99,17 +104,21 @@ def question_of(
         return chunks(plan.micro_batch, plan.fused_tokens)
 
     def predict(plan: Plan, works: Sequence[Work]) -> Estimate:
-        return estimator.estimate(
-            plan, works, runtime(plan, here, malloc, model.files(), model.is_computed_with_as_it_lies(plan))
-        )
+        return estimator.estimate(plan, works, runtime(plan, here, malloc, model.read(plan)))
+
+    @functools.cache
+    def state() -> float:
+        """Bytes of a job's own, on the average."""
+        held = predict(usual, demand(usual))
+        return (held.adapters + held.optimizer) / len(jobs)
 
     speed_here = functools.cache(speed_of)  # asked once for many plans, also where it cannot be kept
 
     def price(plan: Plan) -> float:
         speed = speed_here(plan.device, plan.compute, plan.threads, _is_here(plan.device))
-        tokens = max(sum(work.lengths) for work in demand(plan))
+        tokens = max(1, *(sum(work.lengths) for work in demand(plan)))
         full = any(not METHODS[type(job.method)].routable for job in jobs)
-        return seconds_a_token(plan, speed, Size(estimator.numbers, max(1, tokens), _inputs(model.config, plan), full))
+        return seconds_a_token(plan, speed, Size(estimator.numbers, tokens, _inputs(model.config, plan), full, state()))
 
     return Question(config.plan, jobs, make, predict, demand, price, model.stored)
 

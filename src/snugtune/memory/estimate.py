@@ -21,7 +21,7 @@ from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
 from snugtune.model.offload import blocks_of
 from snugtune.model.spill import WRITES_AHEAD
-from snugtune.types import HEAD_ROWS, Chunk, Plan
+from snugtune.types import HEAD_ROWS, NARROW, Chunk, Plan
 
 BUFFERS = 2
 """Blocks of streamed weights that are in memory at a time: the one in use, and the next."""
@@ -54,7 +54,7 @@ class Runtime:
     process: int
     grows: int = 0  # from the reading of weights to a step
     holes: float = 0.0
-    mapped: int = 0  # of files, while weights are read that do not stay as they lie there
+    stored: int = 0  # of a number in the model's files; 0: its pages are what is computed with
     written: int = 0  # what writing the result imports and makes
 
 
@@ -92,6 +92,8 @@ class _Step:
     state: float
     update: float
     peaks: Mapping[Phase, Held]
+    at_load: float  # of the weights, so much is there when they have been read
+    read: float  # numbers that are read at a time
 
 
 class UntraceableError(InputError):
@@ -186,15 +188,20 @@ def _step(trace: Trace, plan: Plan, config: JobConfig) -> _Step:
     state = sum(count * optimizer.state_bytes(shape, kept) for shape, count in trace.matrices.items())
     state += optimizer.state_bytes(flat, kept) + trace.small * optimizer.state_bytes((1,), kept)
     update = max(optimizer.update_bytes(shape, kept) for shape in (*trace.matrices, flat))
-    streamed = BUFFERS * trace.block - trace.linears if plan.offload == "weights" else 0
+    there = trace.weights - (trace.linears if plan.offload == "weights" else 0)
+    weights = there + (BUFFERS * trace.block if plan.offload == "weights" else 0)
+    one_by_one = plan.weights in NARROW or plan.offload == "weights"
+    read = trace.largest if one_by_one else trace.largest_four
     gradients = trace.tied if plan.gradients == "released" else trace.gradients
-    return _Step(trace.weights + streamed, trace.trained, gradients, state, update, trace.peaks)
+    return _Step(weights, trace.trained, gradients, state, update, trace.peaks, there, read)
 
 
 def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
     """What is held at each moment that may be the fullest."""
     rest = Estimate(_whole(step.weights), _whole(step.trained), _whole(step.gradients), _whole(step.state), 0, 0, 0, 0, "load")
-    yield replace(rest, adapters=0, gradients=0, optimizer=0, runtime=runtime.process + runtime.mapped)
+    read = _whole(step.read * runtime.stored)
+    nothing = {"adapters": 0, "gradients": 0, "optimizer": 0}
+    yield replace(rest, **nothing, weights=_whole(step.at_load), transients=read, runtime=runtime.process)
     yield _with(rest, runtime, "optimizer", 0, 0, step.update)
     yield replace(rest, gradients=0, runtime=runtime.process + runtime.grows + runtime.written, when="save")
     kept = step.peaks["head"].get("body", 0.0) if "head" in step.peaks else 0.0
@@ -248,7 +255,7 @@ def _kind(block: torch.nn.Module) -> object:
     )
 
 
-_SCALARS = ("weights", "linears", "block", "trained", "gradients", "flat", "small", "tied")
+_SCALARS = ("weights", "linears", "block", "largest", "largest_four", "trained", "gradients", "flat", "small", "tied")
 
 
 def _numbers(trace: Trace) -> _Numbers:

@@ -22,6 +22,13 @@ MARGIN = 0.03
 """Of a prediction, that a plan must leave free: predictions are to err by no more."""
 VARIES = 8 * 2**20
 """Bytes by which processes of the same command differ before they load anything."""
+KNOBS = (
+    *("weights", "micro_batch", "recompute", "offload", "gradients", "optimizer_state", "head_rows"),
+    *("execution", "resident_jobs"),  # of several jobs
+)
+"""What is planned, where a config leaves it open."""
+FEW_ROWS = 64
+"""Of logits at a time, where memory is short: a quarter of the usual."""
 SHORTEST = 64
 """Tokens below which no `max_seq_len` is proposed."""
 
@@ -146,7 +153,7 @@ def _plans(question: Question, variants: Iterable[PlanConfig]) -> list[Planned]:
         except InputError as error:  # this device or these methods cannot have it
             refused = refused or error
             continue
-        found.setdefault(planned.plan, _unasked(planned) if question.pins.weights == "auto" else planned)
+        found.setdefault(planned.plan, _unasked(planned, question.pins))
     if not found:
         assert refused is not None
         raise refused
@@ -166,14 +173,21 @@ def _variants(question: Question, lean: bool = False) -> Iterator[PlanConfig]:
         "offload": ("none", "activations", "weights"),
         "gradients": ("kept", "released"),
         "optimizer_state": ("fp32",) if exact else ("fp32", "8bit"),
+        "head_rows": ("auto", FEW_ROWS),
     }
-    spared = {"micro_batch": 1, "recompute": 1, "offload": 2, "gradients": 2, "optimizer_state": 1}  # so many of the last
-    choices = {name: values[-spared.get(name, len(values)) :] if lean else values for name, values in choices.items()}
+    if len(question.jobs) > 1:
+        choices = {**choices, "execution": ("auto", "interleaved"), "resident_jobs": ("auto", 1)}
+    spared = {"weights": 3, "offload": 2, "gradients": 2, "resident_jobs": 2}  # so many of the last are tried; of others one
+    choices = {name: values[-spared.get(name, 1) :] if lean else values for name, values in choices.items()}
     open_ = {name: values for name, values in choices.items() if getattr(pins, name) == "auto"}
     for values in itertools.product(*open_.values()):
         chosen = dict(zip(open_, values, strict=True))
-        if chosen.get("offload") == "activations" and chosen.get("recompute", "blocks") != "blocks":
-            continue  # what is recomputed is kept elsewhere: of all blocks, or it is not worth it
+        if chosen.get("recompute", "blocks") != "blocks" and (
+            chosen.get("offload") == "activations" or chosen.get("head_rows") == FEW_ROWS
+        ):
+            continue  # what is recomputed is kept elsewhere; and beside activations that are kept a few logits are little
+        if chosen.get("resident_jobs") == 1 and chosen.get("execution", pins.execution) != "interleaved":
+            continue  # they could not share a forward
         yield pins.model_copy(update=chosen)
 
 
@@ -182,10 +196,14 @@ def _rounds(plan: Plan) -> tuple[bool, bool]:
     return plan.weights in NARROW, plan.optimizer_state != "fp32"
 
 
-def _unasked(planned: Planned) -> Planned:
-    """The plan without the word that its weights were asked for."""
-    told = (r.replace("(as asked", "(to spare memory") if r.startswith("weights ") else r for r in planned.reasons)
-    return Planned(planned.plan, tuple(told))
+def _unasked(planned: Planned, pins: PlanConfig) -> Planned:
+    """The plan without the word that what `pins` leave open was asked for."""
+
+    def told(reason: str) -> str:
+        open_ = pins.weights if reason.startswith("weights ") else pins.execution if " take turns (" in reason else None
+        return reason.replace("(as asked", "(to spare memory") if open_ == "auto" else reason
+
+    return Planned(planned.plan, tuple(told(reason) for reason in planned.reasons))
 
 
 def _told(candidate: Candidate, rejected: Sequence[Candidate], budget: int) -> Candidate:
@@ -210,11 +228,7 @@ def _too_little(question: Question, budget: int, least: Candidate) -> str:
 def _ways_out(question: Question, budget: int) -> Iterator[str]:
     """Changes that the user may make, each with what it would take."""
     pins = question.pins
-    freed = {
-        n: "auto"
-        for n in ("weights", "micro_batch", "recompute", "offload", "gradients", "optimizer_state")
-        if getattr(pins, n) != "auto"
-    }
+    freed = {name: "auto" for name in KNOBS if getattr(pins, name) != "auto"}
     looser: list[tuple[str, dict[str, Any]]] = [(f"plan.{name}: auto", {name: value}) for name, value in freed.items()]
     looser += [("plan.exact: false", {"exact": False})] if pins.exact else []
     for said, change in looser:

@@ -21,10 +21,7 @@ from snugtune.types import (
     Recompute,
     Width,
 )
-from snugtune.words import gib
 
-_BYTES_A_NUMBER = 16
-"""That trains: itself, its gradient and AdamW's two moments, in fp32."""
 _NO_FP16 = "plan.weights: fp16 is refused on CPU: matrix products run 10 to 70 times slower there than in bf16; use bf16 or fp32"
 
 
@@ -67,7 +64,7 @@ def plan_for(
         weights=weights,
         micro_batch=_micro_batch(pins, jobs),
         recompute=recompute,
-        head_rows=HEAD_ROWS,
+        head_rows=HEAD_ROWS if pins.head_rows == "auto" else pins.head_rows,
         threads=torch.get_num_threads(),
         compute=_compute(weights, device),
         double_quant=pins.double_quant,
@@ -88,24 +85,16 @@ def taking_turns(planned: Planned, why: str) -> Planned:
     return Planned(replace(planned.plan, fused_tokens=0), (*planned.reasons, f"jobs take turns after all ({why})"))
 
 
-def settled(planned: Planned, chunks: Sequence[float], numbers: Sequence[int], free: int) -> Planned:
-    """The plan now that it is known what each job brings; the same one where that changes nothing.
+def unless_idle(planned: Planned, chunks: Sequence[float]) -> Planned:
+    """The plan, with jobs that take turns where sharing forwards gains nothing; else the same one.
 
-    `chunks`: how many tokens a chunk of each job usually has; `numbers`: how many train; `free`: bytes, with the base there.
-    Two chunks that fill a forward by themselves gain nothing from sharing one: measured, 1.6 times the throughput at 16
-    tokens a chunk and 16 jobs, nothing from 256 on. Jobs that share may all be in the middle of a step, with gradients:
-    they, with what is always there, may take half of what is free; the rest is for activations.
+    `chunks`: how many tokens a chunk of each job usually has. Two that fill a forward by themselves gain nothing from sharing
+    one: measured, 1.6 times the throughput at 16 tokens a chunk and 16 jobs, nothing from 256 on.
     """
     room = planned.plan.fused_tokens
-    if not room:
+    if not room or sum(tokens <= room / 2 for tokens in chunks) >= 2:
         return planned
-    if sum(tokens <= room / 2 for tokens in chunks) < 2:
-        return taking_turns(planned, f"their chunks have {min(chunks):.0f} tokens and more: nothing to gain")
-    most = planned.plan.resident_jobs or len(numbers)
-    together = _BYTES_A_NUMBER * sum(sorted(numbers, reverse=True)[:most])
-    if together > free / 2:
-        return taking_turns(planned, f"with all their gradients they take {gib(together)}, of {gib(free)} that are free")
-    return planned
+    return taking_turns(planned, f"their chunks have {min(chunks):.0f} tokens and more: nothing to gain")
 
 
 def check_job(job: JobConfig, plan: Plan, stored: Width | None = None) -> None:
@@ -207,7 +196,8 @@ def _spared(plan: Plan) -> tuple[str, ...]:
     said = {"weights": f"the blocks' weights stay {where}", "activations": f"the blocks' inputs wait {where}", "none": ""}
     state = {"8bit": "optimizer state in 8 bits", "paged": "optimizer state in 8 bits, paged to the host", "fp32": ""}
     released = "each weight steps in backward, no gradients are kept" if plan.gradients == "released" else ""
-    return tuple(text for text in (said[plan.offload], state[plan.optimizer_state], released) if text)
+    rows = f"logits of at most {plan.head_rows} tokens at a time" if plan.head_rows != HEAD_ROWS else ""
+    return tuple(text for text in (said[plan.offload], state[plan.optimizer_state], released, rows) if text)
 
 
 @dataclass(frozen=True)

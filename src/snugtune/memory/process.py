@@ -5,8 +5,6 @@ predictions against runs. Those of CUDA are others' measurements and torch's sou
 """
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from snugtune.memory.estimate import Runtime
 from snugtune.types import NARROW, Plan
@@ -34,18 +32,17 @@ ROUNDED = 0.04
 caching allocator), and what is between them cannot always be used."""
 
 
-def runtime(plan: Plan, process: int, malloc: str, files: Sequence[Path], files_stay: bool) -> Runtime:
+def runtime(plan: Plan, process: int, malloc: str, stored: int) -> Runtime:
     """Of a process that has so many bytes in memory before the base is loaded.
 
-    `malloc`: the allocator that it has; `files`: those of the model; `files_stay`: the weights are computed with as they lie
+    `malloc`: the allocator that it has; `stored`: bytes of a number in the model's files, 0 where it is computed with as it lies
     there, mapped.
     """
     if plan.device == "cuda":
         return Runtime(CONTEXT + WORKSPACES, holes=ROUNDED)
     late = BITSANDBYTES if _needs_bitsandbytes(plan) and "bitsandbytes" not in sys.modules else 0
     grows = GROWS + (SELF_TEST if plan.weights in NARROW else 0)
-    read = 0 if files_stay or plan.weights in NARROW or plan.offload == "weights" else sum(f.stat().st_size for f in files)
-    return Runtime(process + late, grows, HOLES.get(malloc, _HOLES_ELSEWHERE), read, WRITTEN)
+    return Runtime(process + late, grows, HOLES.get(malloc, _HOLES_ELSEWHERE), stored, WRITTEN)
 
 
 def _needs_bitsandbytes(plan: Plan) -> bool:

@@ -44,20 +44,23 @@ class Size:
     tokens: float  # of a forward
     inputs: float  # bytes of all blocks' inputs a token
     full: bool  # gradients of the weights are made, too
+    state: float = 0.0  # bytes of what a job trains, and of its optimizer's state
 
 
 def seconds_a_token(plan: Plan, speed: Speed, size: Size) -> float:
     """A product with each weight forward and one back, two where weights train, and one more where backward computes again.
 
-    Streamed weights come while others are computed with: the slower of both counts.
+    Streamed weights come while others are computed with: the slower of both counts. Where jobs rest, one's state is written and
+    another's read for each step, which may be no more than a forward.
     """
     again = {"none": 0.0, "blocks": 1.0}[plan.recompute] if isinstance(plan.recompute, str) else 1 / plan.recompute
     uses = 2 + again
     products = 2 * size.weights * (uses + size.full) / speed.flops * (1 + FORWARD / size.tokens)
     decoding = uses * size.weights / size.tokens / speed.decoded[plan.weights] if plan.weights in speed.decoded else 0.0
+    resting = 2 * size.state / size.tokens / speed.written if plan.resident_jobs else 0.0
     if plan.offload == "weights":
         kept = size.weights * BITS[plan.weights] / 8
         bandwidth = speed.read_cached if kept <= speed.cache else speed.read
-        return max(products + decoding, uses * kept / size.tokens / bandwidth)
+        return max(products + decoding, uses * kept / size.tokens / bandwidth) + resting
     spilled = 2 * size.inputs * again / speed.written if plan.offload == "activations" else 0.0
-    return products + decoding + spilled
+    return products + decoding + spilled + resting

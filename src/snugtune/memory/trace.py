@@ -42,6 +42,8 @@ class Trace:
     weights: float  # of the base
     linears: float  # of these, those of frozen linears in blocks
     block: float  # of the largest block's
+    largest: float  # numbers of the largest weight
+    largest_four: float  # of the four largest together: so many are read at a time (GLOBAL_WORKERS of transformers' loading)
     trained: float  # what trains: adapters, or masters where they are not the weights themselves
     gradients: float
     matrices: Mapping[tuple[int, ...], float]  # shape of what the optimizer is given -> how many of it
@@ -195,6 +197,7 @@ def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) 
     forget_masks()  # else those that another trace has made would not be counted
     with ledger.following(base), ledger:
         trainer.forward_backward(queues, dict.fromkeys(queues, 1.0))
+    sizes = sorted(_sizes(base.model).values(), reverse=True)
     blocks = [_frozen_bytes(base.model.get_submodule(name)) for name in blocks_of(base.model)]
     weights_stepped = [weight for job in attached for weight in stepped(job.attached, job.config)]
     vectors = [weight.numel() for weight in weights_stepped if weight.dim() < 2]
@@ -203,6 +206,8 @@ def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) 
         weights=sum(weights.values()),
         linears=sum(blocks),
         block=max(blocks, default=0),
+        largest=sizes[0],
+        largest_four=sum(sizes[:4]),
         trained=sum(size for key, size in trained.items() if key not in weights),
         gradients=sum(g.nbytes for g in gradients),
         matrices=Counter(tuple(weight.shape) for weight in weights_stepped if weight.dim() > 1),
@@ -214,6 +219,15 @@ def trace_step(base: Base, jobs: Sequence[tuple[JobConfig, Chunk]], plan: Plan) 
 
 def _frozen_bytes(block: nn.Module) -> int:
     return sum(module.nbytes for module in block.modules() if isinstance(module, FrozenLinear))
+
+
+def _sizes(model: nn.Module) -> dict[int, int]:
+    """The numbers of each weight, whatever it is kept in."""
+    found = {storage_of(p): p.numel() for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            found[storage_of(next(iter(module.parts().values())))] = module.in_features * module.out_features
+    return found
 
 
 def _tied_bytes(base: Base) -> int:

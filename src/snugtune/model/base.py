@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from snugtune import allocator
 from snugtune.errors import InputError
 from snugtune.model import attention, gated, grouped, liger, norms, proofs
 from snugtune.model.frozen import FrozenLinear, freeze_linears, take_products
@@ -309,6 +310,7 @@ def load_base(
     tokenizer, tokenizer_notes = found or load_tokenizer(source, trust_remote_code)
     if plan.weights in NARROW or plan.offload == "weights" or stored_width(source, config) is not None:
         model, samples, model_notes = load_frozen(source, config, plan, trust_remote_code, say)
+        allocator.give_back_freed()  # what reading left
         base = Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), fingerprint(samples))
         take_products(model, products_of(plan))
         return base
@@ -316,6 +318,7 @@ def load_base(
     if plan.weights == "fp16":  # what the fingerprint looks at does not survive the rounding to fp16
         identity = fingerprint(samples_of(load_model(source, config, "bf16", "cpu", trust_remote_code)[0]))
     model, model_notes = load_model(source, config, plan.weights, plan.device, trust_remote_code)
+    allocator.give_back_freed()  # what reading left
     return Base(model, tokenizer, source.name, (*source.notes, *tokenizer_notes, *model_notes), identity)
 
 

@@ -89,21 +89,16 @@ def load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model with its dropouts off, in `width` on `device`, from safetensors alone. Refuses missing weights."""
     notes = silence_dropouts(config)
+    # weights that lie in the files as they are computed with stay there, mapped; of others the pages would come on top
+    checkpoint = _opened(source, mapped=config.dtype == DTYPES[width])
+    if checkpoint.stored:
+        raise InputError(f"model: cannot load the weights of '{source.name}': {_UNSAID}")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            source.location,
-            config=config,
-            dtype=DTYPES[width],
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        model, info = _filled(config, trust_remote_code, dtype=DTYPES[width], state_dict=checkpoint.tensors)
     except Exception as error:  # an odd config.json can trip any model's constructor up in any way
         raise InputError(f"model: cannot load the weights of '{source.name}': {_first_line(error)}") from error
     notes += _check_whole(source, info)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    return model, notes
+    return _ready(model, source, device), notes
 
 
 def load_frozen(
@@ -128,11 +123,32 @@ def load_frozen(
     return model, samples, [*notes, *more, keeper.note, *_experts_that_stay(model)]
 
 
-def _opened(source: ModelSource) -> Checkpoint:
+def _opened(source: ModelSource, mapped: bool = False) -> Checkpoint:
     try:
-        return open_checkpoint(source)
+        return open_checkpoint(source, mapped)
     except Exception as error:  # safetensors raises its own for broken files, and the hub many
         raise InputError(f"model: cannot load the weights of '{source.name}': {_first_line(error)}") from error
+
+
+def _filled(config: PretrainedConfig, trust_remote_code: bool, **how: Any) -> tuple[PreTrainedModel, Any]:
+    """A model of `config` with the weights that `how` gives transformers, and what it tells of them."""
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return type(hollow).from_pretrained(  # pyright: ignore[reportReturnType]
+        None,
+        config=hollow.config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused by name
+        **how,
+    )
+
+
+def _ready(model: PreTrainedModel, source: ModelSource, device: str) -> PreTrainedModel:
+    """The model on its device, with how it is to generate."""
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(source.location)
+    return model
 
 
 def _load_into(
@@ -142,17 +158,8 @@ def _load_into(
     read_as = torch.float32 if plan.compute == "fp16" else DTYPES[plan.compute]
     request = Request(format_of(plan), keeper, checkpoint, DTYPES[plan.compute])
     try:
-        with torch.device("meta"):
-            hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        model, info = type(hollow).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            None,
-            config=hollow.config,
-            dtype=read_as,
-            state_dict=checkpoint.without(keeper.spared),
-            quantization_config=request,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        given = checkpoint.without(keeper.spared)
+        model, info = _filled(config, trust_remote_code, dtype=read_as, state_dict=given, quantization_config=request)
         unread = sorted(checkpoint.stored.keys() - request.used)
         if unread:
             raise InputError(f"{unread[0]} is quantised, which snugtune reads of linears within the blocks only")
@@ -170,10 +177,7 @@ def _load_into(
         for name, parameter in model.named_parameters():
             if not wide(name):
                 parameter.data = parameter.data.half()
-    model.to(plan.device)  # pyright: ignore[reportArgumentType]
-    with suppress(OSError):  # it has none
-        model.generation_config = GenerationConfig.from_pretrained(source.location)
-    return model, samples, notes
+    return _ready(model, source, plan.device), samples, notes
 
 
 def _told_of_widths(model: PreTrainedModel, plan: Plan, stored: bool) -> list[str]:
@@ -234,8 +238,6 @@ def stored_width(source: ModelSource, config: PretrainedConfig) -> Width | None:
 def _check_whole(source: ModelSource, info: Any) -> list[str]:
     """Refuse missing weights; tell of those left over."""
     unused = sorted(str(k) for k in info["unexpected_keys"])
-    if any(name.endswith((".SCB", ".quant_map")) for name in unused):
-        raise InputError(f"model: cannot load the weights of '{source.name}': {_UNSAID}")
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise InputError(f"model: '{source.name}' lacks {len(missing)} weights its config asks for (first: {missing[0]})")

@@ -1,6 +1,6 @@
 """What a checkpoint's files hold, bitsandbytes' own formats included.
 
-Files are read with pread: mapped pages would count as memory.
+Files are read with pread: mapped pages would count as memory, beside what is made of them.
 """
 
 import json
@@ -58,12 +58,15 @@ class _Spared:
         return self.lazy.get_shape()
 
 
-def open_checkpoint(source: ModelSource) -> Checkpoint:
-    """Open the safetensors of `source`, on this disk or from the hub, and read nothing of the weights yet."""
+def open_checkpoint(source: ModelSource, mapped: bool = False) -> Checkpoint:
+    """Open the safetensors of `source`, on this disk or from the hub, and read nothing of the weights yet.
+
+    `mapped`: tensors are the pages of their files.
+    """
     files = _files(source)
     tensors: dict[str, Lazy] = {}
     for file in files:
-        opened = safe_open(file, framework="pt", backend="pread")
+        opened = safe_open(file, framework="pt", backend="mmap" if mapped else "pread")
         tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     stored: dict[str, dict[str, Lazy]] = {}
     for name in list(tensors):
