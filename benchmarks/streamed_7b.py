@@ -4,9 +4,9 @@
     python benchmarks/streamed_7b.py /tmp/1b --layers 16 --width 2048 --inner 5632 --heads 32 --limit 1 --json result.json
 
 The training is that of `snugtune train`, which is told `memory: 2GiB` and plans by itself how to stay within it, in a process
-whose RLIMIT_DATA is the limit: what asks for more dies. A phase's peak is that of its resident memory (VmHWM, set back after each),
-which counts the pages of programs and libraries too. Exits with 1 where a peak is above the limit, or where the training did not
-survive it. What is written stays, and is used again; `--resident` tries it with the weights in memory, whatever the limit.
+whose RLIMIT_DATA is the limit: what asks for more dies. A phase's peak is that of its resident memory (VmHWM, set back after
+each), which counts the pages of programs and libraries too. Exits with 1 where a peak is above the limit, or where the training
+did not survive it. What is written stays, and is used again; `--resident` tries it with the weights in memory.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from common import table
+
+from snugtune.allocator import environment, installed
 
 MIB = 1 << 20
 
@@ -136,9 +138,10 @@ def main() -> None:
 
         write_llama(told.folder / "model", told.layers, told.width, told.inner, told.heads, told.vocab, nf4=True)
     shutil.rmtree(told.folder / "run", ignore_errors=True)
+    variables = environment(os.environ, installed()) or os.environ  # as the command starts itself
     place = {"SNUGTUNE_CACHE": os.environ.get("SNUGTUNE_CACHE") or str(told.folder / "cache")}
     command = [sys.executable, __file__, *sys.argv[1:], "--here"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **place})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**variables, **place})
     if done.returncode:
         raise SystemExit(f"the training did not survive its limit: exit code {done.returncode}")
     found = json.loads(done.stdout.splitlines()[-1])

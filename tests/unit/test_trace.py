@@ -20,7 +20,8 @@ from quantised import loaded, plan_of, saved
 from snugtune.config import JobConfig
 from snugtune.memory.budget import resident
 from snugtune.memory.estimate import Estimator, Runtime, Work
-from snugtune.memory.trace import WITHIN, Held, Ledger, Trace, trace_step
+from snugtune.memory.operators import WITHIN
+from snugtune.memory.trace import Held, Ledger, Trace, trace_step
 from snugtune.model import formats
 from snugtune.model.attention import forget_masks
 from snugtune.model.hollow import hollow_base, hollow_model

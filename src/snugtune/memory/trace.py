@@ -6,18 +6,17 @@ of the code changes the count with it.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from snugtune.config import JobConfig
+from snugtune.memory.operators import GIVEN, WITHIN
 from snugtune.model.attention import forget_masks
 from snugtune.model.base import Base
 from snugtune.model.frozen import FrozenLinear
@@ -50,43 +49,6 @@ class Trace:
     flat: float  # numbers in vectors that it is given, adapters in one piece
     small: float  # numbers in short ones
     tied: float  # bytes of gradients that come in two parts: of what is in the body and the head
-
-
-def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, *_: object) -> int:
-    """Bytes that `mha_varlen_bwd` has besides its results (flash_attn/flash_api.cpp), q [T, H, d], k and v [T, K, d].
-
-    Gradients of queries in fp32 and a sum for each of them, rows rounded up for each sequence; where K < H those of keys and
-    values for all heads.
-    """
-    tokens, heads, width = q.shape
-    rows = tokens + 128 * (len(borders) - 1)
-    rounded = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
-    expanded = 2 * tokens * heads * width * q.element_size() if k.shape[1] < heads else 0
-    return 4 * rows * heads * (rounded + 1) + expanded
-
-
-def _shifted(z: Tensor, *_: object) -> int:
-    """Bytes of logsumexp's own copy of what it is given (ReduceOps.cpp)."""
-    return z.nbytes
-
-
-WITHIN: Mapping[object, Callable[..., int]] = {
-    torch.ops.aten.logsumexp.default: _shifted,
-    torch.ops.torch_attn._varlen_attn_backward.default: _flash_backward,
-}
-"""What operators hold while they run, where that is as large as what they are given: no tensor shows it."""
-
-
-def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: object) -> Tensor:
-    """What `_grouped_mm` gives for G groups: of rows [S, n] and [G, n, m] the rows [S, m]; of two of rows, as in backward of
-    weights that train, [G, n, m]. However many rows each group has, and in every format, as its kernels do."""
-    shape = (len(offs), len(a), b.shape[1]) if b.dim() == 2 else (len(a), b.shape[2])
-    return torch.empty(shape, dtype=a.dtype, device=a.device)
-
-
-GIVEN: Mapping[object, Callable[..., Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_product}
-"""Stand-ins on the meta device, where torch's own operator refuses what its kernels take: this one takes bf16 alone there.
-It multiplies all experts of a mixture (transformers' integrations/moe.py, on every device unless one asks for something else)."""
 
 
 class Ledger(TorchDispatchMode):
