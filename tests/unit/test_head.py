@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from conftest import (
@@ -28,10 +29,15 @@ from snugtune.methods.lora import Lora, LoraConfig
 from snugtune.model.base import Base
 from snugtune.model.frozen import FrozenLinear
 from snugtune.model.head import Head, Logits
+from snugtune.model.pieces import PIECE
 from snugtune.model.routed import RoutedLinear, Router, Slot
 from snugtune.types import Segment
 
 N, D, V = 23, 16, 50
+
+
+WIDE = 3 * PIECE // D + 5
+"""A vocabulary whose weight comes in pieces."""
 
 
 @dataclass(frozen=True)
@@ -445,3 +451,39 @@ def test_a_head_that_breaks_on_hidden_states_falls_back_too() -> None:
     model.get_output_embeddings = lambda: model.lm_head[1]
     base = Base(model, tiny_tokenizer(), "transforming")
     assert lm_head is not None and base.own_head
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_heads_gradients_in_pieces_are_autograds(dtype: torch.dtype, bias: bool) -> None:
+    """A few rows of the weight's gradient at a time: each number is the same sum."""
+    torch.manual_seed(0)
+    linear = nn.Linear(D, WIDE, bias, dtype=dtype)
+    h, dz = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(N, WIDE, dtype=dtype)
+    inputs = (h, *linear.parameters())
+    z, truth = Head(linear, Logits()).logits(h), linear(h)
+    assert torch.equal(z, truth.float())
+    ours, theirs = (torch.autograd.grad(out, inputs, dz.to(out.dtype)) for out in (z, truth))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.01 if dtype == torch.bfloat16 else 0.002, atol=0)
+
+
+def test_what_a_narrow_heads_gradient_takes_is_as_large_as_a_piece() -> None:
+    """No product gives more than a piece: torch may sum it up in fp32, out of sight, beside what it gives."""
+    linear = nn.Linear(D, WIDE, bias=False, dtype=torch.bfloat16)
+    z = Head(linear, Logits()).logits(torch.randn(N, D, dtype=torch.bfloat16))
+    with Products() as products:
+        z.backward(torch.randn(N, WIDE))
+    assert linear.weight.grad is not None and 0 < products.largest <= PIECE < linear.weight.numel()
+
+
+class Products(TorchDispatchMode):
+    """Notes the numbers of the largest result of a matrix product."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.largest = max(self.largest, made.numel())
+        return made

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snugtune.model.base import Base
+from snugtune.model.pieces import alongside
 from snugtune.schema import Config
 
 
@@ -192,7 +193,8 @@ def _collect_into(master: nn.Parameter) -> Any:
         if master.grad is None:
             master.grad = weight.grad.float()
         else:
-            master.grad.add_(weight.grad)
+            for sum_, part in alongside(master.grad, weight.grad):  # torch makes fp32 of all that it is given before it adds
+                sum_.add_(part)
         weight.grad = None
 
     return collect

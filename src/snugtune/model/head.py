@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from snugtune.model.frozen import FrozenLinear
-from snugtune.model.pieces import starts
+from snugtune.model.pieces import PIECE, starts
 from snugtune.model.routed import RoutedLinear, Router
 from snugtune.types import HEAD_ROWS, MIN_ROWS, Segment
 
@@ -84,7 +84,14 @@ class Head:
         else:
             scope = self.router.routing((replace(self.segment, seed=self.segment.seed + offset),))
         with scope:
-            return self.shape(self.project(h))
+            return self.shape(self._projected(self.project, h))
+
+    def _projected(self, project: nn.Module, h: Tensor) -> Tensor:
+        """[n, D] -> [n, V], as the model's module gives it."""
+        narrow = type(project) is nn.Linear and project.weight.dtype in (torch.bfloat16, torch.float16)
+        if narrow and self.cached and project.weight.requires_grad:
+            return _Projected.apply(h, project.weight, project.bias)  # pyright: ignore[reportReturnType]
+        return project(h)
 
     def nll(self, h: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
         """Weighted sum of negative log likelihoods: h [n, D], targets int64 [n], weights fp32 [n] -> fp32 scalar.
@@ -128,6 +135,31 @@ def _recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     out = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(out, Tensor)
     return out
+
+
+class _Projected(torch.autograd.Function):
+    """A linear whose weight's gradient is made a few rows at a time.
+
+    Processors that have no products in 16 bits sum this one up in fp32, all of it at once: twice its size, 108 MiB of SmolLM2's
+    head, and far more than a cache holds (gemm_transb_ of ATen/native/cpu/BlasKernel.cpp).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        return F.linear(h, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dz,), (h, weight) = grads, ctx.saved_tensors
+        dh = dz @ weight if ctx.needs_input_grad[0] else None
+        dw = torch.empty_like(weight)
+        rows = max(1, PIECE // weight.shape[1])
+        for start in starts(len(dw), rows, dw):
+            part = slice(start, start + rows)
+            dw[part] = dz[:, part].t() @ h
+        return dh, dw, dz.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _FrozenNll(torch.autograd.Function):

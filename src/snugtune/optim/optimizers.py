@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from snugtune.model.pieces import PIECE
 from snugtune.optim.lowrank import Apollo, GaLore
 from snugtune.optim.narrow import NarrowState, narrow_bytes, widened_bytes
 from snugtune.schema import Config
@@ -119,12 +120,12 @@ class LionConfig(_Optimizer):
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="for the update and for the momentum, each in [0, 1)")
 
     def update_bytes(self, shape: Sequence[int], state: OptimizerState = "fp32") -> int:
-        return 8 * math.prod(shape) if state == "fp32" else widened_bytes(shape)  # the update, and its sign
+        return 8 * min(math.prod(shape), PIECE) if state == "fp32" else widened_bytes(shape)  # the update, and what it is made of
 
     def _make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        from lion_pytorch import Lion
+        from snugtune.optim.lion import LionInPieces
 
-        return Lion(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        return LionInPieces(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
 
 class AdafactorConfig(_Optimizer):

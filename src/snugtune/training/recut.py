@@ -99,7 +99,7 @@ class Watch(Protocol):
         ...
 
     def give_back(self) -> None:
-        """Memory ran out; nothing is held any more of what it was wanted for."""
+        """Nothing is held any more of what memory was wanted for: it ran out, or a job has made its first step."""
         ...
 
     def exceeded(self) -> bool:

@@ -343,6 +343,8 @@ class Trainer:
                 norm = optim_step(job)
         finally:
             self._forget_turn(job)
+        if job.step == 1:
+            self.watch.give_back()  # its state lies where the forward's tensors were: the next one's would come beside holes
         return norm
 
     def _report(self, job: Job, turn: Turn, norm: float) -> StepMetrics:
