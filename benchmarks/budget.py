@@ -43,7 +43,7 @@ def trained(folder: Path, name: str, budget: int | None, limit: int | None = Non
     plan = json.loads((place / "run" / "plan.json").read_text())
     metrics = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
-    knobs = {k: plan["plan"][k] for k in ("weights", "micro_batch", "recompute", "offload", "gradients")}
+    knobs = {k: plan["plan"][k] for k in ("weights", "micro_batch", "recompute", "offload", "head_rows")}
     numbers = {"predicted": plan["estimate"]["total_bytes"], "measured": plan["measured_peak_bytes"]}
     return {**found, **numbers, "knobs": knobs, "changes": len(plan["changes"]), "losses": losses}
 
