@@ -3,7 +3,8 @@
 import re
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,12 @@ class Console:
         except EOFError as error:
             self.err.print()
             raise InputError("the input ended before everything was answered; nothing is written") from error
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside the block a person sees that there is work on `what`, of which nobody knows how long it takes."""
+        with self.err.status(f"  {what}") if self.err.is_terminal else nullcontext():
+            yield
 
     def track(self, items: Sequence[Any], what: str) -> Iterable[Any]:
         if not self.err.is_terminal or len(items) < 200:

@@ -22,7 +22,7 @@ from snugtune.model.load import load_config, load_tokenizer, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
 from snugtune.model.source import find_model
 from snugtune.training.examples import JobData, read_job, tokenize_job
-from snugtune.types import Plan
+from snugtune.types import HEAD_ROWS, Plan
 from snugtune.words import counted, gib
 
 BAR = 60
@@ -87,21 +87,22 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
     data = _data(config, source, console) if with_data else None
     estimator = estimator_of(model, config.trust_remote_code)
     question = question_of(config, model, data, estimator, elsewhere=True)
-    fitted, refusal = _fitted(question, budget)
-    least = leanest(question)
-    shown = least if fitted is None else fitted.chosen
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return Proposal(
-        model=config.model,
-        device=device,
-        budget=budget,
-        fitted=fitted,
-        refusal=refusal,
-        shown=shown,
-        longest=_longest(question, least, budget, context if isinstance(context, int) else LONGEST),
-        most=_most(question, shown, budget),
-        rows=tuple(_compared(config, model, data, estimator, budget)),
-    )
+    with console.waiting("predicting peaks (what was traced is kept)"):
+        fitted, refusal = _fitted(question, budget)
+        least = leanest(question)
+        shown = least if fitted is None else fitted.chosen
+        return Proposal(
+            model=config.model,
+            device=device,
+            budget=budget,
+            fitted=fitted,
+            refusal=refusal,
+            shown=shown,
+            longest=_longest(question, least, budget, context if isinstance(context, int) else LONGEST),
+            most=_most(question, shown, budget),
+            rows=tuple(_compared(config, model, data, estimator, budget)),
+        )
 
 
 def _data(config: RunConfig, source: Any, console: Console) -> Mapping[str, JobData]:
@@ -172,6 +173,8 @@ def _unusual(plan: Plan) -> Iterator[str]:
         yield f"{plan.optimizer_state} state"
     if plan.gradients != "kept":
         yield "gradients released"
+    if plan.head_rows != HEAD_ROWS:
+        yield f"logits of {plan.head_rows} tokens at a time"
 
 
 def _show(proposal: Proposal, config: RunConfig, console: Console) -> None:
