@@ -229,16 +229,16 @@ class Job:
         self.optimizer.param_groups[0]["params"] = []  # those that look at matrices hold views of the weights
 
     def wake(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `rest`, from what is in its file. The job is at rest still where that raises."""
+        """The inverse of `rest`, from what is in its file, read for this job alone. It is at rest still where that raises."""
         assert self.at_rest is not None
         try:
-            self._load_tensors(tensors, self._outline)
+            self._load_tensors(tensors, self._outline, owned=True)
         except BaseException:
             self._let_go()
             raise
         self.at_rest, self._outline = None, {}
 
-    def _load_tensors(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Any]) -> None:
+    def _load_tensors(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Any], owned: bool = False) -> None:
         named = {f"optimizer.{index}.{k}" for index, entry in outline.items() for k in entry["tensors"]}
         if named != {key for key in tensors if key.startswith("optimizer.")}:
             raise ValueError("the optimizer's state is not that of its weights")
@@ -247,8 +247,8 @@ class Job:
             large = {name: tensors[f"optimizer.{index}.{name}"] for name in entry["tensors"]}
             if any(list(tensor.shape) != entry["tensors"][name] for name, tensor in large.items()):
                 raise ValueError("the optimizer's state has other shapes than it should")
-            owned = {name: tensor.clone() for name, tensor in large.items()}  # whoever gave them keeps theirs
-            state[int(index)] = {**entry["numbers"], **owned}
+            kept = large if owned else {name: tensor.clone() for name, tensor in large.items()}  # whoever gave them keeps theirs
+            state[int(index)] = {**entry["numbers"], **kept}
         self.attached.load_state(Below(tensors, "weights."))
         if self.at_rest is not None:
             self.optimizer.param_groups[0]["params"] = stepped(self.attached, self.config)

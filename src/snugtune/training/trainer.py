@@ -124,7 +124,9 @@ class Trainer:
         """Have a job's state in memory. Raises `StorageError` where it cannot be read."""
         if job.at_rest is not None:
             self.residence.make_room(self.jobs.values(), job, quarantine)
+            self.watch.give_back()  # what those had who rest now
             self.residence.take(job)
+            self.watch.give_back()  # what its state was read into
 
     def start_metrics(self) -> list[StepMetrics]:
         """A step 0 for every job: what is evaluated and sampled before training."""
