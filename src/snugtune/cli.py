@@ -149,8 +149,10 @@ def plan(
     set_: Overrides = None,
     model: Annotated[str | None, typer.Option(help="hub id, local folder, .gguf file, or 'demo'")] = None,
     memory: Annotated[str | None, typer.Option(help="the most memory to use, as 24GiB (default: what is free)")] = None,
-    method: Annotated[str, typer.Option(help="with --model: how it is tuned")] = "lora",
-    max_seq_len: Annotated[int, typer.Option(min=2, help="with --model: longest training sequence, in tokens")] = 1024,
+    method: Annotated[str | None, typer.Option(help="how it is tuned (default: as the config says, or lora)")] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=2, help="longest training sequence, in tokens (default: as the config says, or 1024)")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; none need be here (default: as the config says)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout, for scripts")] = False,
 ) -> None:
@@ -163,9 +165,16 @@ def plan(
         raise InputError("plan: give a config, or --model, and not both")
     given = [f"{name}={value}" for name, value in (("memory", memory), ("device", device)) if value is not None]
     if config is not None:
+        given += [
+            f"{name}={value}" for name, value in (("method.type", method), ("max_seq_len", max_seq_len)) if value is not None
+        ]
         found = read_config(config, [*(set_ or ()), *given])
     else:
-        found = to_config(config_for(str(model), memory, method, max_seq_len, device or "auto"), "plan")
+        if set_:
+            raise InputError(
+                "plan: --set changes a config; with --model there are --method, --max-seq-len, --memory and --device"
+            )
+        found = to_config(config_for(str(model), memory, method or "lora", max_seq_len or 1024, device or "auto"), "plan")
     run_plan(found, config is not None, console, as_json)
 
 

@@ -89,6 +89,7 @@ class RunFolder:
         if not self.config.is_file():
             raise InputError(f"output: {path} is not empty and holds no run; give a new folder")
         changes = _changes(self._config_before(), _flat(config.model_dump(mode="json")))
+        changes = [change for change in changes if not change.startswith("memory: ")]  # the plan stays; more of it may be needed
         if changes:
             make_plan(config)  # a device or a pin that cannot be had is the mistake to tell first
             more = f" and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""

@@ -15,7 +15,7 @@ from snugtune.folder import RunFolder
 from snugtune.interrupt import Stop
 from snugtune.machine import keep_few_kernels
 from snugtune.memory.budget import Watch
-from snugtune.memory.choose import Model, budget_of, planned_by_rule, planned_within
+from snugtune.memory.choose import Model, beyond_the_machine, budget_of, planned_by_rule, planned_within
 from snugtune.memory.estimate import UntraceableError
 from snugtune.memory.fit import Fitted
 from snugtune.memory.measured import Forecast, Meter
@@ -53,13 +53,7 @@ def prepare(config: RunConfig, observer: Observer, stop: Stop) -> Session:
     data = _tokenised(config, texts, found[0], observer)
     fitted = None
     if checkpoint is None:
-        model = Model(source, model_config, stored, apart)
-        try:
-            fitted = planned_within(config, model, data)
-            planned = fitted.chosen.planned
-        except UntraceableError as error:
-            observer.note(f"plan: {error}; the knobs are set by rule")
-            planned = planned_by_rule(config, model, data)
+        planned, fitted = _planned(config, Model(source, model_config, stored, apart), data, observer.note)
     else:
         planned = _planned_before(checkpoint)
     torch.set_num_threads(planned.plan.threads)
@@ -163,6 +157,18 @@ def proved(planned: Planned, base: Base, pinned: bool, note: Say) -> Planned:
     planned = taking_turns(planned, base.apart or "matrix products here give a row other last bits among others")
     note(f"plan: {planned.reasons[-1]}")
     return planned
+
+
+def _planned(config: RunConfig, model: Model, data: Mapping[str, JobData], note: Say) -> tuple[Planned, Fitted | None]:
+    """The quickest plan that fits, with what was looked at; of a model that cannot be traced that of rules. Says what is odd."""
+    try:
+        fitted = planned_within(config, model, data)
+    except UntraceableError as error:
+        note(f"plan: {error}; the knobs are set by rule")
+        return planned_by_rule(config, model, data), None
+    if (remark := beyond_the_machine(config, fitted)) is not None:
+        note(f"memory: {remark}")
+    return fitted.chosen.planned, fitted
 
 
 def _planned_before(checkpoint: Checkpoint) -> Planned:

@@ -1,26 +1,28 @@
 """`snugtune plan`: what fits into a budget, before anything is loaded, on this machine or for another one."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from snugtune.config import RunConfig
+from snugtune.config import RunConfig, to_config
 from snugtune.console import Console
 from snugtune.errors import DoesNotFitError, InputError
+from snugtune.memory.budget import resident
 from snugtune.memory.choose import Model, budget_of, estimator_of, question_of
 from snugtune.memory.estimate import MOMENTS, Estimate, Estimator, Work
-from snugtune.memory.fit import Candidate, Fitted, Question, fit, gib_up, leanest, quickest
+from snugtune.memory.fit import SHORTEST, Candidate, Fitted, Question, fit, gib_up, leanest, looked_at, quickest
 from snugtune.memory.plan import make_plan
 from snugtune.methods import METHODS
 from snugtune.methods.full import FullConfig
 from snugtune.methods.lora import LoraConfig
 from snugtune.model.load import load_config, load_tokenizer, stored_width
 from snugtune.model.proofs import obstacle_to_sharing
-from snugtune.model.source import find_model
+from snugtune.model.source import ModelSource, find_model
 from snugtune.training.examples import JobData, read_job, tokenize_job
 from snugtune.types import HEAD_ROWS, Plan
 from snugtune.words import counted, gib
@@ -30,6 +32,10 @@ BAR = 60
 COLOURS = ("blue", "cyan", "magenta", "green", "yellow", "red", "bright_magenta", "bright_black")
 LONGEST = 2**20
 """Tokens beyond which no context is claimed."""
+FAR = 8192
+"""Tokens at which the plan is chosen that the longest sequence is asked of."""
+CROWD = 64
+"""Sequences beyond which no micro-batch is claimed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Proposal:
         told |= {"budget_bytes": self.budget, "needs_bytes": self.shown.needs, "refusal": self.refusal}
         told |= {"plan": asdict(self.shown.planned.plan), "reasons": list(self.shown.planned.reasons)}
         told |= {"estimate": self.shown.facts()}
+        told |= {"rejected": [] if self.fitted is None else self.fitted.told_of_rejected()}
         told |= {"longest_context": self.longest, "largest_micro_batch": self.most}
         return json.dumps(told | {"comparison": [asdict(row) for row in self.rows]}, indent=2)
 
@@ -85,13 +92,12 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
     model_config = load_config(source, config.trust_remote_code)
     model = Model(source, model_config, stored_width(source, model_config), obstacle_to_sharing(model_config))
     data = _data(config, source, console) if with_data else None
-    estimator = estimator_of(model, config.trust_remote_code)
-    question = question_of(config, model, data, estimator, elsewhere=True)
+    ask = partial(_asked, model, data, estimator_of(model, config.trust_remote_code), resident())
+    question = ask(config)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     with console.waiting("predicting peaks (what was traced is kept)"):
         fitted, refusal = _fitted(question, budget)
-        least = leanest(question)
-        shown = least if fitted is None else fitted.chosen
+        shown = leanest(question) if fitted is None else fitted.chosen
         return Proposal(
             model=config.model,
             device=device,
@@ -99,13 +105,13 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
             fitted=fitted,
             refusal=refusal,
             shown=shown,
-            longest=_longest(question, least, budget, context if isinstance(context, int) else LONGEST),
+            longest=_longest(question, shown, budget, min(LONGEST, context if isinstance(context, int) else LONGEST)),
             most=_most(question, shown, budget),
-            rows=tuple(_compared(config, model, data, estimator, budget)),
+            rows=tuple(_compared(config, ask, budget)),
         )
 
 
-def _data(config: RunConfig, source: Any, console: Console) -> Mapping[str, JobData]:
+def _data(config: RunConfig, source: ModelSource, console: Console) -> Mapping[str, JobData]:
     tokenizer, _ = load_tokenizer(source, config.trust_remote_code)
     jobs = config.resolved_jobs()
     return {job.name: tokenize_job(job, read_job(job), tokenizer, console.track, console.note) for job in jobs}
@@ -118,50 +124,82 @@ def _fitted(question: Question, budget: int) -> tuple[Fitted | None, str | None]
         return None, str(error)
 
 
-def _longest(question: Question, least: Candidate, budget: int, context: int) -> int | None:
-    """Tokens of the longest sequence that fits alone in a forward, by the plan that takes the least.
+def _longest(question: Question, shown: Candidate, budget: int, context: int) -> int | None:
+    """Tokens of the longest sequence that fits alone in a forward, with every means; None where not even the shortest does.
 
-    What a step takes grows linearly with them, from two lengths on.
+    The plan that takes the least with long sequences may not with short ones: then that which is shown is asked.
     """
-    plan, job = least.planned.plan, max(question.jobs, key=lambda job: job.max_seq_len)
-    near, far = (_needs(question, plan, [Work(job, (n,), n - 1)]) for n in (1024, 2048))
-    room = budget - near
-    fitting = 1024 + (1024 * room // max(1, far - near))
-    return min(context, LONGEST, fitting) if fitting > 0 else None
+    job = max(question.jobs, key=lambda job: job.max_seq_len)
+
+    def alone(tokens: int) -> Question:
+        return replace(question, demand=lambda _: [Work(job, (tokens,), tokens - 1)])
+
+    for plan in (leanest(alone(min(context, FAR))).planned, shown.planned):
+        found = _largest(lambda n, plan=plan: looked_at(alone(n), plan).needs, budget, SHORTEST, max(SHORTEST, context))
+        if found is not None:
+            return found
+    return None
 
 
 def _most(question: Question, shown: Candidate, budget: int) -> int | None:
-    """Sequences of `max_seq_len` in a forward that fit, by the plan that is shown."""
-    plan, job = shown.planned.plan, max(question.jobs, key=lambda job: job.max_seq_len)
+    """Sequences of `max_seq_len` in a forward that fit, by the plan that is shown: up to `CROWD`."""
+    job = max(question.jobs, key=lambda job: job.max_seq_len)
     length = job.max_seq_len
-    one, two = (_needs(question, plan, [Work(job, (length,) * n, n * (length - 1))]) for n in (1, 2))
-    return 1 + (budget - one) // max(1, two - one) if one <= budget else None
+
+    def needs(count: int) -> int:
+        crowd = replace(question, demand=lambda _: [Work(job, (length,) * count, count * (length - 1))])
+        return looked_at(crowd, shown.planned).needs
+
+    return _largest(needs, budget, 1, CROWD)
 
 
-def _needs(question: Question, plan: Plan, works: list[Work]) -> int:
-    return Candidate(question.make(question.pins), question.predict(plan, works), max(sum(w.lengths) for w in works)).needs
+def _largest(needs: Callable[[int], int], budget: int, least: int, most: int) -> int | None:
+    """The largest number up to `most` whose need is within the budget, to a 64th; `least` or None at least.
+
+    `needs` grows: slowly while something else is the fullest moment, then on a line. What is returned was asked for, and fits.
+    """
+    if needs(least) > budget:
+        return None
+    if (above := needs(most)) <= budget:
+        return most
+    below = needs(least)
+    while most - least > max(1, least // 64):
+        line = least + (most - least) * (budget - below) // (above - below)
+        guess = min(max(line, least + 1 + (most - least) // 64), most - 1 - (most - least) // 64)
+        if (found := needs(guess)) <= budget:
+            least, below = guess, found
+        else:
+            most, above = guess, found
+    return least
 
 
-def _compared(
-    config: RunConfig, model: Model, data: Mapping[str, JobData] | None, estimator: Estimator, budget: int
-) -> Iterator[Row]:
-    """Other ways to train on the same budget: methods, and formats of the base."""
-    own = config.resolved_jobs()[0].method
-    methods = [FullConfig(), own if isinstance(own, LoraConfig) else LoraConfig()]
-    for method in methods:
-        widths = ("auto",) if not METHODS[type(method)].routable else ("auto", "int8", "nf4")
-        for weights in widths:
-            pins = config.plan.model_copy(update={"weights": weights, "exact": True})
-            changed = config.model_copy(update={"method": method, "plan": pins, "jobs": ()})
-            jobs = {"default": next(iter(data.values()))} if data else None
+def _asked(model: Model, data: Mapping[str, JobData] | None, estimator: Estimator, process: int, config: RunConfig) -> Question:
+    """What is to be planned of `config`; a single job in the place of several has the data of the first."""
+    names = [job.name for job in config.resolved_jobs()]
+    if data is not None and not set(names) <= data.keys():
+        data = {names[0]: next(iter(data.values()))}
+    return question_of(config, model, data, estimator, elsewhere=True, process=process)
+
+
+def _compared(config: RunConfig, ask: Callable[[RunConfig], Question], budget: int) -> Iterator[Row]:
+    """Other ways to train on the same budget: methods, and formats of the base. Of several jobs the first."""
+    first = config.resolved_jobs()[0]
+    own = first.model_dump(include=set(RunConfig.model_fields))
+    fields = {**config.model_dump(exclude={"jobs"}), **own}
+    seen: set[tuple[str, Plan]] = set()
+    for method in {kind.type: kind for kind in (FullConfig(), LoraConfig(), first.method)}.values():
+        for weights in (None, "int8", "nf4") if METHODS[type(method)].routable else (None,):
             try:
-                question = question_of(RunConfig.model_validate(changed.model_dump()), model, jobs, estimator, elsewhere=True)
-                found = quickest(question, budget)
+                plain = to_config({**fields, "method": method.model_dump()}, "plan")
+                pins = plain.plan.model_copy(update={"weights": weights or ask(plain).make(plain.plan).plan.weights})
+                found = quickest(ask(plain.model_copy(update={"plan": pins})), budget)
             except InputError:  # these pins, or this checkpoint, and that method do not go together
                 continue
             shown = found if isinstance(found, Candidate) else found.chosen
             plan = shown.planned.plan
-            yield Row(method.type, plan.weights, shown.needs, found is not shown, ", ".join(_unusual(plan)))
+            if (method.type, plan) not in seen:
+                yield Row(method.type, plan.weights, shown.needs, found is not shown, ", ".join(_unusual(plan)))
+            seen.add((method.type, plan))
 
 
 def _unusual(plan: Plan) -> Iterator[str]:

@@ -146,6 +146,26 @@ def test_jobs_share_forwards_take_turns_or_rest(budget: int, execution: str, fus
     assert fused or f"4 jobs take turns ({'as asked' if asked_for else 'to spare memory'})" in chosen.reasons
 
 
+def test_a_model_that_recomputes_nothing_has_a_leanest_plan_all_the_same() -> None:
+    def never(plan: Plan, works: Sequence[Work]) -> Estimate:
+        if plan.recompute != "none":
+            raise UntraceableError("no blocks")
+        return predict(plan, works)
+
+    asked = replace(question({"exact": True}), predict=never)
+    least = leanest(asked)
+    assert least.planned.plan.recompute == "none" and least.planned.plan.offload == "weights"
+    assert fit(asked, least.needs).chosen.needs == least.needs
+    with pytest.raises(DoesNotFitError, match="the smallest budget"):
+        fit(asked, least.needs - 1)
+
+
+def test_other_runs_are_offered_where_no_plan_fits() -> None:
+    full = question(method="full")
+    with pytest.raises(DoesNotFitError, match=r"what would fit: .*method: lora \("):
+        fit(replace(full, otherwise={"method: lora": question, "method: none": lambda: question({"weights": "fp16"})}), 5 * GIB)
+
+
 def test_pins_stay() -> None:
     pins = {"recompute": "none", "weights": "fp32", "optimizer_state": "fp32"}
     plan = fit(question(pins), 11 * GIB).chosen.planned.plan

@@ -109,7 +109,16 @@ def test_of_streamed_weights_the_buffers_are_there(tmp_path: Path, kind: str, mo
 
 # --- what it says of what is to come ------------------------------------------------------------------------------------
 
-ESTIMATE = {"weights": 50, "activations": 20, "logits": 5, "transients": 12, "holes": 3, "total_bytes": 100, "tokens": 400}
+ESTIMATE = {
+    "when": "head",
+    "weights": 50,
+    "activations": 20,
+    "logits": 5,
+    "transients": 12,
+    "holes": 3,
+    "total_bytes": 100,
+    "tokens": 400,
+}
 
 
 def test_a_forecast_is_on_a_line_and_keeps_the_error() -> None:
@@ -121,7 +130,10 @@ def test_a_forecast_is_on_a_line_and_keeps_the_error() -> None:
     assert forecast.to_come(100, 50, 400) == 100  # that it was less promises nothing
 
 
-@pytest.mark.parametrize("told", [None, [], {}, {"total_bytes": 5}, ESTIMATE | {"tokens": 0}, ESTIMATE | {"total_bytes": "x"}])
+@pytest.mark.parametrize(
+    "told",
+    [None, [], {}, {"total_bytes": 5}, ESTIMATE | {"tokens": 0}, ESTIMATE | {"total_bytes": "x"}, ESTIMATE | {"when": "load"}],
+)
 def test_without_an_estimate_there_is_no_forecast(told: Any) -> None:
     assert Forecast.of(told) is None
 

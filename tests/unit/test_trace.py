@@ -21,7 +21,7 @@ from snugtune.config import JobConfig
 from snugtune.memory.budget import resident
 from snugtune.memory.estimate import Estimator, Runtime, Work
 from snugtune.memory.operators import WITHIN
-from snugtune.memory.trace import Held, Ledger, Trace, trace_step
+from snugtune.memory.trace import MOST, EndlessError, Held, Ledger, Trace, trace_step
 from snugtune.model import formats
 from snugtune.model.attention import forget_masks
 from snugtune.model.hollow import hollow_base, hollow_model
@@ -221,6 +221,13 @@ def test_what_flash_attention_takes_for_llama_8b() -> None:
     taken = within(q, q, k, k, q, q, torch.tensor([0, 4096]))
     assert taken == 4096 * (16_384 + 128 + 16_384) + 128 * (16_384 + 128)
     assert within(q, q, q, q, q, q, torch.tensor([0, 4096])) == taken - 4096 * 16_384
+
+
+def test_a_loop_over_tokens_is_given_up() -> None:
+    x = torch.empty(4, device="meta")
+    with pytest.raises(EndlessError), Ledger([x]):
+        for _ in range(MOST + 1):
+            x.view(2, 2)
 
 
 def test_a_logsumexp_has_a_copy_while_it_runs() -> None:

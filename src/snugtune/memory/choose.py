@@ -1,14 +1,15 @@
 """The plan of a run within its budget: what `train` and `snugtune plan` have in common."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from snugtune import allocator
-from snugtune.config import PlanConfig, RunConfig
+from snugtune.config import PlanConfig, RunConfig, to_config
 from snugtune.errors import InputError
 from snugtune.files import cache_dir
 from snugtune.memory.budget import free_memory, resident
@@ -21,12 +22,13 @@ from snugtune.memory.probe import speed_of
 from snugtune.memory.process import runtime
 from snugtune.memory.speed import Size, seconds_a_token
 from snugtune.methods import METHODS
+from snugtune.methods.lora import LoraConfig
 from snugtune.model.load import DTYPES
 from snugtune.model.source import ModelSource
 from snugtune.training.examples import JobData
 from snugtune.training.job import chunk_tokens
 from snugtune.types import Plan, Width
-from snugtune.words import bytes_of
+from snugtune.words import bytes_of, gib
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,29 @@ def budget_of(config: RunConfig, device: str) -> int:
     return free_memory(device) + (resident() if device == "cpu" else 0)
 
 
+def beyond_the_machine(config: RunConfig, fitted: Fitted) -> str | None:
+    """What to say of a budget whose plan needs more than this machine has free."""
+    there = budget_of(config.model_copy(update={"memory": None}), fitted.chosen.planned.plan.device)
+    if config.memory is None or fitted.chosen.needs <= there:
+        return None
+    needs = f"{gib(fitted.chosen.needs)} are needed and {gib(there)} free here"
+    return f"{config.memory} are allowed, but {needs}: the system may end the run"
+
+
 def question_of(
     config: RunConfig,
     model: Model,
     data: Mapping[str, JobData] | None,
     estimator: Estimator | None = None,
     elsewhere: bool = False,
+    process: int | None = None,
 ) -> Question:
     """What is to be planned, with the largest chunks of its data; without data, with the largest that may be.
 
     `estimator`: one that has traced this model before. `elsewhere`: for a process, or a machine, that is not this one.
+    `process`: bytes that it has before it loads; None: what this one has now.
     """
-    here, jobs = resident(), config.resolved_jobs()
+    here, jobs = resident() if process is None else process, config.resolved_jobs()
     estimator = estimator or estimator_of(model, config.trust_remote_code)
     malloc = allocator.of_a_run() if elsewhere else allocator.name()
 
@@ -108,9 +121,7 @@ def question_of(
 
     @functools.cache
     def state() -> float:
-        """Bytes of a job's own, on the average."""
-        held = predict(usual, demand(usual))
-        return (held.adapters + held.optimizer) / len(jobs)
+        return estimator.state(usual, demand(usual))
 
     speed_here = functools.cache(speed_of)  # asked once for many plans, also where it cannot be kept
 
@@ -120,7 +131,21 @@ def question_of(
         full = any(not METHODS[type(job.method)].routable for job in jobs)
         return seconds_a_token(plan, speed, Size(estimator.numbers, tokens, _inputs(model.config, plan), full, state()))
 
-    return Question(config.plan, jobs, make, predict, demand, price, model.stored)
+    def other(**fields: Any) -> Question:
+        changed = to_config(config.model_copy(update=fields).model_dump(), "plan")
+        return question_of(changed, model, data, estimator, elsewhere, here)
+
+    return Question(config.plan, jobs, make, predict, demand, price, model.stored, _otherwise(config, other))
+
+
+def _otherwise(config: RunConfig, other: Callable[..., Question]) -> dict[str, Callable[[], Question]]:
+    """What may be changed of a run that trains the base itself."""
+    found: dict[str, Callable[[], Question]] = {}
+    if config.jobs or METHODS[type(config.method)].routable:
+        return found
+    if config.max_grad_norm is not None and config.plan.gradients == "auto":
+        found["max_grad_norm: null"] = functools.partial(other, max_grad_norm=None)
+    return {**found, "method: lora": functools.partial(other, method=LoraConfig())}
 
 
 def _is_here(device: str) -> bool:
@@ -135,7 +160,7 @@ def _inputs(config: PretrainedConfig, plan: Plan) -> float:
 
 
 def _together(works: Sequence[Work], plan: Plan) -> Sequence[Work]:
-    """The jobs' largest chunks; the first with those of others beside it, where they share forwards."""
+    """The jobs' largest chunks; the first of each kind with those of others beside it, where they share forwards."""
     if not plan.fused_tokens:
         return works
     lengths: tuple[int, ...] = ()
@@ -143,6 +168,8 @@ def _together(works: Sequence[Work], plan: Plan) -> Sequence[Work]:
     for work in sorted(works, key=lambda w: sum(w.lengths)):
         if sum(lengths) + sum(work.lengths) <= plan.fused_tokens:
             lengths, scored = lengths + work.lengths, scored + work.scored
-    first, *others = works
-    wide = replace(first, lengths=lengths, scored=scored)
-    return [wide if sum(lengths) > sum(first.lengths) else first, *others]
+    if sum(lengths) <= max(sum(work.lengths) for work in works):
+        return works
+    kinds = {(work.config.method, work.config.objective): at for at, work in reversed(list(enumerate(works)))}
+    # one of each kind stands for all of the row: as if all had its adapters
+    return [replace(work, lengths=lengths, scored=scored) if at in kinds.values() else work for at, work in enumerate(works)]

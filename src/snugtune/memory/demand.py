@@ -14,9 +14,12 @@ LOOKED_AT = 2000
 """Steps that are cut to see their chunks; what comes after them may be as large as the plan allows."""
 
 
-def largest_chunk(config: JobConfig, data: JobData, plan: Plan, packable: bool = True) -> Work:
-    """The chunk with the most tokens that the job will train on, the longest sequences first among equals."""
-    examples, capacity = data.train, capacity_of(config, plan) if packable else 0
+def largest_chunk(config: JobConfig, data: JobData, plan: Plan) -> Work:
+    """The chunk with the most tokens that the job will train on, the longest sequences first among equals.
+
+    Of a base whose sequences cannot share a row, which shows when it is there, that is more than it will be.
+    """
+    examples, capacity = data.train, capacity_of(config, plan)
     lengths = [len(e.tokens) for e in examples]
     total = total_steps(len(examples), config.batch_size, config.epochs, config.steps)
     largest: tuple[int, ...] = ()
@@ -26,15 +29,15 @@ def largest_chunk(config: JobConfig, data: JobData, plan: Plan, packable: bool =
             chunk = tuple(chosen[i] for i in group)
             largest = max(largest, chunk, key=lambda indices: _size(indices, lengths))
     chunk = [examples[i] for i in largest]
-    if total > LOOKED_AT and capacity:
+    if total > LOOKED_AT:
         chunk = _filled(examples, capacity, config.batch_size)
     return Work(config, tuple(len(e.tokens) for e in chunk), sum(int((e.weights[1:] > 0).sum()) for e in chunk))
 
 
-def full_chunk(config: JobConfig, plan: Plan, packable: bool = True) -> Work:
+def full_chunk(config: JobConfig, plan: Plan) -> Work:
     """The largest that may be, where there is no data to look at: every sequence as long as it may be, all of it scored."""
     length = config.max_seq_len
-    count = min(config.batch_size, max(1, capacity_of(config, plan) // length)) if packable else 1
+    count = min(config.batch_size, max(1, capacity_of(config, plan) // length))
     return Work(config, (length,) * count, count * (length - 1))
 
 

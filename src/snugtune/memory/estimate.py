@@ -128,6 +128,11 @@ class Estimator:
         )
         return max(_moments(whole, runtime), key=lambda e: e.total)
 
+    def state(self, plan: Plan, jobs: Sequence[Work]) -> float:
+        """Bytes of what one of these jobs trains and its optimizer remembers, on the average."""
+        steps = [_step(self._trace(plan, job), plan, job.config) for job in jobs]
+        return sum(step.trained + step.state for step in steps) / len(steps)
+
     @functools.cached_property
     def numbers(self) -> int:
         """Of the base, in all its weights."""
@@ -145,6 +150,8 @@ class Estimator:
                 self._traces[key] = self._traced(plain, job)
                 if self.kept is not None:
                     self.kept.put(key, self._traces[key])
+            except InputError:  # the method cannot be on this model: that is told of as it is
+                raise
             except Exception as error:  # whatever a model's own code does where tensors have no values
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UntraceableError(f"the peak of a {self.config.model_type} cannot be predicted: {reason}") from error

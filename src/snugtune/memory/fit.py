@@ -6,7 +6,9 @@ fewer, change it by rounding; they come last, and never under `plan.exact`.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from snugtune.config import JobConfig, PlanConfig
@@ -72,11 +74,19 @@ class Fitted:
             "fits": self.chosen.needs <= self.budget,
             "budget_bytes": self.budget,
             "estimate": self.chosen.facts(),
-            "rejected": [
-                {"plan": _differing(c.planned.plan, self.chosen.planned.plan), "total_bytes": c.estimate.total}
-                for c in self.rejected
-            ],
+            "rejected": self.told_of_rejected(),
         }
+
+    def told_of_rejected(self) -> list[dict[str, Any]]:
+        """What each would have had otherwise, and why it is not taken: it needs more than the budget. In bytes."""
+        return [
+            {
+                "plan": _differing(c.planned.plan, self.chosen.planned.plan),
+                "total_bytes": c.estimate.total,
+                "needs_bytes": c.needs,
+            }
+            for c in self.rejected
+        ]
 
 
 def _differing(plan: Plan, other: Plan) -> dict[str, Any]:
@@ -95,6 +105,9 @@ class Question:
     demand: Demand
     price: Price  # seconds a token, to order plans by
     stored: Width | None = None  # the format that the checkpoint keeps its weights in
+    otherwise: Mapping[str, Callable[[], "Question"]] = field(
+        default_factory=dict
+    )  # changes of the run itself, by what a config says
 
 
 def fit(question: Question, budget: int) -> Fitted:
@@ -125,7 +138,7 @@ def quickest(question: Question, budget: int) -> Fitted | Candidate:
         if candidate.needs <= budget:
             return Fitted(_told(candidate, rejected, budget), budget, tuple(rejected))
         rejected.append(candidate)
-    return least
+    return Fitted(_told(least, rejected, budget), budget, tuple(rejected))
 
 
 def leanest(question: Question) -> Candidate:
@@ -134,8 +147,21 @@ def leanest(question: Question) -> Candidate:
 
 
 def _lean(question: Question) -> list[Candidate]:
-    """The plans that set each knob to spare, in each width that the base may have."""
-    return [looked_at(question, planned) for planned in _plans(question, _variants(question, lean=True))]
+    """The plans that set each knob to spare, in each width that the base may have. Raises `UntraceableError`: none can be.
+
+    Where a model recomputes all of its blocks or none, those that keep activations.
+    """
+    found = list(_traceable(question, _variants(question, lean=True)))
+    if not found:
+        kept = replace(question, pins=question.pins.model_copy(update={"recompute": "none"}))
+        return [looked_at(kept, planned) for planned in _plans(kept, _variants(kept, lean=True))]
+    return found
+
+
+def _traceable(question: Question, variants: Iterable[PlanConfig]) -> Iterator[Candidate]:
+    for planned in _plans(question, variants):
+        with suppress(UntraceableError):  # not every model can recompute its blocks
+            yield looked_at(question, planned)
 
 
 def looked_at(question: Question, planned: Planned) -> Candidate:
@@ -231,16 +257,28 @@ def _ways_out(question: Question, budget: int) -> Iterator[str]:
     freed = {name: "auto" for name in KNOBS if getattr(pins, name) != "auto"}
     looser: list[tuple[str, dict[str, Any]]] = [(f"plan.{name}: auto", {name: value}) for name, value in freed.items()]
     looser += [("plan.exact: false", {"exact": False})] if pins.exact else []
-    for said, change in looser:
-        found = leanest(replace(question, pins=pins.model_copy(update=change)))
-        if found.needs <= budget:
-            yield f"{said} ({gib_up(found.needs)})"
+    changed = {said: partial(_repinned, question, change) for said, change in looser}
+    if len(looser) > 1:
+        changed["plan: {}"] = partial(_repinned, question, {**freed, "exact": False})  # all of them
+    enough = False
+    for said, other in {**changed, **question.otherwise}.items():
+        if said == "plan: {}" and enough:
+            continue
+        with suppress(InputError):  # the change cannot be had
+            found = leanest(other())
+            if found.needs <= budget:
+                enough = True
+                yield f"{said} ({gib_up(found.needs)})"
     longest = max(job.max_seq_len for job in question.jobs)
     while (longest := longest // 2) >= SHORTEST:
         found = leanest(replace(question, demand=_shorter(question.demand, longest)))
         if found.needs <= budget:
             yield f"max_seq_len: {longest} ({gib_up(found.needs)})"
             return
+
+
+def _repinned(question: Question, change: Mapping[str, Any]) -> Question:
+    return replace(question, pins=question.pins.model_copy(update=change))
 
 
 def _shorter(demand: Demand, longest: int) -> Demand:

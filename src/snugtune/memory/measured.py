@@ -71,8 +71,10 @@ class Forecast:
 
     @classmethod
     def of(cls, estimate: object) -> "Forecast | None":
-        """From the estimate in `plan.json`; None where it does not say enough."""
+        """From the estimate in `plan.json`; None where it does not say enough, or its fullest moment is no forward's."""
         known = estimate if isinstance(estimate, Mapping) else {}
+        if known.get("when") not in ("body", "head", "backward"):
+            return None
         total, tokens = known.get("total_bytes"), known.get("tokens")
         comes = (known.get(name) for name in ("activations", "logits", "transients", "holes"))
         if not isinstance(total, int) or not isinstance(tokens, int) or tokens < 1:

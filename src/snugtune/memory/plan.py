@@ -1,4 +1,4 @@
-"""The plan of a run: which knobs, and why. Fixed rules for now; pins of the config are respected."""
+"""The plan that a config's pins give by themselves: which knobs, and why. `fit` looks for the pins that a budget wants."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

@@ -6,6 +6,7 @@ predictions against runs. Those of CUDA are others' measurements and torch's sou
 
 import sys
 
+from snugtune.memory.budget import CONTEXT
 from snugtune.memory.estimate import Runtime
 from snugtune.types import NARROW, Plan
 
@@ -16,7 +17,7 @@ GROWS = 45 * MIB
 WRITTEN = 60 * MIB
 """PEFT's import, with that of bitsandbytes: when adapters are written."""
 BITSANDBYTES = 45 * MIB
-"""Its import, where something is kept in 8 or 4 bits."""
+"""Its import, where weights are kept in 4 bits, or optimizer state in 8."""
 SELF_TEST = 15 * MIB
 """What the gradient self-test leaves, of narrow weights, and where weights or activations are kept elsewhere: compiled kernels,
 pages that hold a little (14 to 18 MiB seen)."""
@@ -24,9 +25,6 @@ HOLES = {"mimalloc": 0.09, "glibc": 0.6}
 """Of what comes and goes in a step, so much lies unused between it at the peak."""
 _HOLES_ELSEWHERE = 0.15
 
-CONTEXT = 550 * MIB
-"""CUDA's own, with the kernels that a run loads: 2044 bytes for each thread that the device can hold, and 6 MiB (published sizes
-of five GPUs lie within 15 MiB of that: 414 MiB on an A100), and 150 MiB of kernels, loaded lazily."""
 WORKSPACES = 2 * 32 * MIB
 """cuBLAS': 32 MiB for each of two threads' handles from compute capability 9.0 on, 8.1 before (CublasHandlePool.cpp)."""
 ROUNDED = 0.04

@@ -51,6 +51,14 @@ class Trace:
     tied: float  # bytes of gradients that come in two parts: of what is in the body and the head
 
 
+MOST = 100_000
+"""Operators of a step of few blocks, beyond which it is a loop over tokens in Python (slow Mamba): usual ones have 3,000."""
+
+
+class EndlessError(RuntimeError):
+    """A step that would take minutes to trace."""
+
+
 class Ledger(TorchDispatchMode):
     """Counts the storages that operators make while it is entered, but those of `known` tensors."""
 
@@ -62,6 +70,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
         self.phase: Phase = "body"
+        self.operators = 0
         self.live: Counter[Phase] = Counter()
         self.peaks: dict[Phase, Held] = {}
         self._seen: set[int] = set()
@@ -70,6 +79,9 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(tensor.untyped_storage(), self._seen.discard, storage_of(tensor))  # another may lie there then
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        if self.operators > MOST:
+            raise EndlessError("its step is a loop over tokens")
         run = GIVEN[func] if func in GIVEN and args[0].is_meta else func
         made = run(*args, **(kwargs or {}))
         for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
