@@ -81,8 +81,9 @@ def _adapters() -> Iterator[Named]:
 
 def _of_the_base() -> Iterator[Named]:
     full = {"type": "full"}
-    for method in (full, {"type": "freeze", "last_blocks": 4}, {"type": "rotate", "blocks": 2, "every": 1}):
+    for method in (full, {"type": "freeze", "last_blocks": 4}):
         yield _one(f"{method['type']}", 128, method=method)
+    yield _one("rotate", 128, method={"type": "rotate", "blocks": 2, "every": 1}, steps=16)  # the lowest blocks keep the most
     yield _one("full bf16", 128, method=full, plan={"weights": "bf16"})
     yield _one("full recompute", 256, method=full, plan={"recompute": "blocks"})
     yield _one("full 8bit", 128, method=full, plan={"optimizer_state": "8bit"})
@@ -128,7 +129,7 @@ def measured(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)  # a run that was broken off would be resumed
     place.mkdir(parents=True)
     file = place / "config.yaml"
-    told = {**fields, "data": str(folder / "data.jsonl"), "objective": {"type": "clm"}, "steps": 2, "output": str(place / "run")}
+    told = {"steps": 2, **fields, "data": str(folder / "data.jsonl"), "objective": {"type": "clm"}, "output": str(place / "run")}
     file.write_text(yaml.safe_dump(told), encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "snugtune", "train", str(file)], capture_output=True, text=True, check=False)
     if done.returncode:

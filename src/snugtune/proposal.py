@@ -12,8 +12,7 @@ from rich.text import Text
 from snugtune.config import RunConfig, to_config
 from snugtune.console import Console
 from snugtune.errors import DoesNotFitError, InputError
-from snugtune.memory.budget import resident
-from snugtune.memory.choose import Model, budget_of, estimator_of, question_of
+from snugtune.memory.choose import Model, budget_of, estimator_of, process_of, question_of
 from snugtune.memory.estimate import MOMENTS, Estimate, Estimator, Work
 from snugtune.memory.fit import SHORTEST, Candidate, Fitted, Question, fit, gib_up, leanest, looked_at, quickest
 from snugtune.memory.plan import make_plan
@@ -92,7 +91,7 @@ def propose(config: RunConfig, with_data: bool, console: Console) -> Proposal:
     model_config = load_config(source, config.trust_remote_code)
     model = Model(source, model_config, stored_width(source, model_config), obstacle_to_sharing(model_config))
     data = _data(config, source, console) if with_data else None
-    ask = partial(_asked, model, data, estimator_of(model, config.trust_remote_code), resident())
+    ask = partial(_asked, model, data, estimator_of(model, config.trust_remote_code), process_of(config.resolved_jobs()))
     question = ask(config)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     with console.waiting("predicting peaks (what was traced is kept)"):

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from snugtune import allocator
-from snugtune.config import PlanConfig, RunConfig, to_config
+from snugtune.config import JobConfig, PlanConfig, RunConfig, to_config
 from snugtune.errors import InputError
 from snugtune.files import cache_dir
 from snugtune.memory.budget import free_memory, resident
@@ -76,6 +76,13 @@ def budget_of(config: RunConfig, device: str) -> int:
     return free_memory(device) + (resident() if device == "cpu" else 0)
 
 
+def process_of(jobs: Sequence[JobConfig]) -> int:
+    """Bytes that this process has before it loads a base for these jobs."""
+    for job in jobs:
+        job.optimizer.bring()
+    return resident()
+
+
 def beyond_the_machine(config: RunConfig, fitted: Fitted) -> str | None:
     """What to say of a budget whose plan needs more than this machine has free."""
     there = budget_of(config.model_copy(update={"memory": None}), fitted.chosen.planned.plan.device)
@@ -98,7 +105,8 @@ def question_of(
     `estimator`: one that has traced this model before. `elsewhere`: for a process, or a machine, that is not this one.
     `process`: bytes that it has before it loads; None: what this one has now.
     """
-    here, jobs = resident() if process is None else process, config.resolved_jobs()
+    jobs = config.resolved_jobs()
+    here = process_of(jobs) if process is None else process
     estimator = estimator or estimator_of(model, config.trust_remote_code)
     malloc = allocator.of_a_run() if elsewhere else allocator.name()
 

@@ -19,6 +19,7 @@ from snugtune.memory.kept import TraceCache
 from snugtune.memory.trace import Held, Phase, Trace, trace_step
 from snugtune.methods import METHODS
 from snugtune.model.hollow import hollow_base, hollow_model
+from snugtune.model.load import DTYPES
 from snugtune.model.offload import blocks_of
 from snugtune.model.spill import WRITES_AHEAD
 from snugtune.types import HEAD_ROWS, NARROW, Chunk, Plan
@@ -94,6 +95,7 @@ class _Step:
     peaks: Mapping[Phase, Held]
     at_load: float  # of the weights, so much is there when they have been read
     read: float  # numbers that are read at a time
+    twice: float  # of what is tied, until it is
 
 
 class UntraceableError(InputError):
@@ -116,7 +118,7 @@ class Estimator:
 
         Raises `UntraceableError`.
         """
-        steps = [_step(self._trace(plan, job), plan, job.config) for job in jobs]
+        steps = [_step(self._trace(plan, job), plan, job.config, self._ties) for job in jobs]
         there = sorted(steps, key=lambda s: s.trained + s.state, reverse=True)[: plan.resident_jobs or len(steps)]
         at_once = len(there) if plan.fused_tokens else 1  # with gradients
         whole = replace(
@@ -130,8 +132,12 @@ class Estimator:
 
     def state(self, plan: Plan, jobs: Sequence[Work]) -> float:
         """Bytes of what one of these jobs trains and its optimizer remembers, on the average."""
-        steps = [_step(self._trace(plan, job), plan, job.config) for job in jobs]
+        steps = [_step(self._trace(plan, job), plan, job.config, self._ties) for job in jobs]
         return sum(step.trained + step.state for step in steps) / len(steps)
+
+    @property
+    def _ties(self) -> bool:
+        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
 
     @functools.cached_property
     def numbers(self) -> int:
@@ -189,7 +195,8 @@ def _as_traced(plan: Plan) -> Plan:
     )
 
 
-def _step(trace: Trace, plan: Plan, config: JobConfig) -> _Step:
+def _step(trace: Trace, plan: Plan, config: JobConfig, ties: bool) -> _Step:
+    """`ties`: the model's head is its embedding, which gets memory of its own until it is tied (transformers' loading)."""
     optimizer, kept = config.optimizer, plan.optimizer_state
     flat = (round(trace.flat),)
     state = sum(count * optimizer.state_bytes(shape, kept) for shape, count in trace.matrices.items())
@@ -200,13 +207,14 @@ def _step(trace: Trace, plan: Plan, config: JobConfig) -> _Step:
     one_by_one = plan.weights in NARROW or plan.offload == "weights"
     read = trace.largest if one_by_one else trace.largest_four
     gradients = trace.tied if plan.gradients == "released" else trace.gradients
-    return _Step(weights, trace.trained, gradients, state, update, trace.peaks, there, read)
+    twice = trace.largest * DTYPES[plan.compute].itemsize if ties else 0.0
+    return _Step(weights, trace.trained, gradients, state, update, trace.peaks, there, read, twice)
 
 
 def _moments(step: _Step, runtime: Runtime) -> Iterable[Estimate]:
     """What is held at each moment that may be the fullest."""
     rest = Estimate(_whole(step.weights), _whole(step.trained), _whole(step.gradients), _whole(step.state), 0, 0, 0, 0, "load")
-    read = _whole(step.read * runtime.stored)
+    read = _whole(max(step.read * runtime.stored, step.twice))
     nothing = {"adapters": 0, "gradients": 0, "optimizer": 0}
     yield replace(rest, **nothing, weights=_whole(step.at_load), transients=read, runtime=runtime.process)
     yield _with(rest, runtime, "optimizer", 0, 0, step.update)

@@ -6,6 +6,7 @@ one flat buffer where there is one. `kept_narrow` names what of its state can be
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,6 +26,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class _Optimizer(Config):
     by_matrix: ClassVar[bool] = False
     kept_narrow: ClassVar[Mapping[str, bool]] = MappingProxyType({})
+    library: ClassVar[str | None] = None
 
     weight_decay: float = Field(default=0.0, ge=0, description="decay of the weights, decoupled from the gradient")
 
@@ -37,6 +39,11 @@ class _Optimizer(Config):
             return self._make(list(parameters))
         assert self.obstacle() is None
         return NarrowState(parameters, self._make, self.kept_narrow, paged=state == "paged")
+
+    def bring(self) -> None:
+        """Import what builds it, before the process's memory is looked at: transformers' optimizers take 47 MiB."""
+        if self.library is not None:
+            import_module(self.library)
 
     def obstacle(self) -> str | None:
         """Why the state cannot be kept in 8 bits, or None."""
@@ -135,6 +142,8 @@ class AdafactorConfig(_Optimizer):
     """
 
     by_matrix: ClassVar[bool] = True
+
+    library: ClassVar[str | None] = "transformers.optimization"
 
     type: Literal["adafactor"] = "adafactor"
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")

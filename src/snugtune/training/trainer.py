@@ -342,10 +342,12 @@ class Trainer:
         norm = None
         try:
             with quarantine(job):
+                if job.config.optimizer.by_matrix:  # what steps of matrices make is large, and fits into no hole of the forward's
+                    self.watch.give_back()
                 norm = optim_step(job)
         finally:
             self._forget_turn(job)
-        if job.step == 1:
+        if job.step == 1 or job.config.optimizer.by_matrix:
             self.watch.give_back()  # its state lies where the forward's tensors were: the next one's would come beside holes
         return norm
 
