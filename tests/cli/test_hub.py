@@ -43,7 +43,7 @@ TROUBLES: dict[str, tuple[str | int, str, tuple[str, ...]]] = {
     "gated": (403, "config.json", ("model", "org/tiny", "gated", "hf auth login")),
     "cut-off": ("cut", "model.safetensors", ("model", "org/tiny", "download broke off")),
     "hanging": ("hang", "model.safetensors", ("model", "org/tiny", "download broke off")),
-    "server-error": (500, "model.safetensors", ("model", "org/tiny", "in trouble", "again later")),
+    "server-error": (500, "model.safetensors", ("model", "org/tiny", "download broke off", "500")),
     "unknown": (404, "config.json", ("model", "org/tiny", "does not have it", "check the name")),
     "not-allowed": (401, "config.json", ("model", "org/tiny", "no access", "hf auth login")),
     "data-cut-off": ("cut", "train.jsonl", ("data", "org/talks", "download broke off")),
@@ -52,8 +52,8 @@ TROUBLES: dict[str, tuple[str | int, str, tuple[str, ...]]] = {
 }
 
 
-BROKEN_OFF = ("cut-off", "hanging", "data-cut-off", "data-server-error")  # of weights, transformers does not tell a 500
-PATIENT = (*BROKEN_OFF, "server-error")  # huggingface_hub tries again, for up to half a minute
+BROKEN_OFF = ("cut-off", "hanging", "server-error", "data-cut-off", "data-server-error")
+PATIENT = BROKEN_OFF  # huggingface_hub tries again, for up to half a minute
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in PATIENT else ()) for c in TROUBLES])

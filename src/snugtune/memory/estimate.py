@@ -156,8 +156,6 @@ class Estimator:
                 self._traces[key] = self._traced(plain, job)
                 if self.kept is not None:
                     self.kept.put(key, self._traces[key])
-            except InputError:  # the method cannot be on this model: that is told of as it is
-                raise
             except Exception as error:  # whatever a model's own code does where tensors have no values
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UntraceableError(f"the peak of a {self.config.model_type} cannot be predicted: {reason}") from error

@@ -258,7 +258,5 @@ def _first_line(error: Exception) -> str:
     """What went wrong, shortly; of the hub, what it or the network said, which transformers hides."""
     if (reason := hub_trouble(error, "model")) is not None:
         return reason
-    if str(error).startswith("Can't load the model for"):  # transformers' word for a hub that fails: it drops the status
-        return "its files did not come from the hub, which may be in trouble; run the command again later"
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from snugtune.errors import InputError
+from snugtune.hub import hub_trouble
 from snugtune.model.formats import CODES, Bits4, Format, Int8, Parts
 from snugtune.model.source import ModelSource
 
@@ -90,10 +91,12 @@ def _files(source: ModelSource) -> list[str]:
     index = cached_file(source.location, _INDEX, **missing)
     if index is not None:
         return list(get_checkpoint_shard_files(source.location, index)[0] or ())
-    single = cached_file(source.location, _SINGLE, **missing)
-    if single is None:
-        raise InputError(f"there is no {_SINGLE}; snugtune reads safetensors only")
-    return [single]
+    try:
+        return [str(cached_file(source.location, _SINGLE))]
+    except OSError as error:
+        if hub_trouble(error, "model") is not None:
+            raise
+        raise InputError(f"there is no {_SINGLE}; snugtune reads safetensors only") from error
 
 
 def read_stored(name: str, value: Tensor, stored: Mapping[str, Lazy], shape: tuple[int, int]) -> tuple[Format, Parts]:
