@@ -153,15 +153,14 @@ def _most(question: Question, shown: Candidate, budget: int) -> int | None:
 
 
 def _largest(needs: Callable[[int], int], budget: int, least: int, most: int) -> int | None:
-    """The largest number up to `most` whose need is within the budget, to a 64th; `least` or None at least.
+    """The largest number from `least` to `most` whose need is within the budget, to a 64th; None: not even the least is.
 
     `needs` grows: slowly while something else is the fullest moment, then on a line. What is returned was asked for, and fits.
     """
-    if needs(least) > budget:
+    if (below := needs(least)) > budget:
         return None
     if (above := needs(most)) <= budget:
         return most
-    below = needs(least)
     while most - least > max(1, least // 64):
         line = least + (most - least) * (budget - below) // (above - below)
         guess = min(max(line, least + 1 + (most - least) // 64), most - 1 - (most - least) // 64)
